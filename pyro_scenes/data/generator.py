@@ -1,0 +1,167 @@
+"""Scenes of binary sprites on a black canvas: what the generated data sets share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pyro_scenes.data.placing import Draws, place
+from pyro_scenes.data.scene_data import SceneData
+from pyro_scenes.errors import UserError
+
+# Scenes made from one seed. Part of what defines the data: another value gives other images.
+CHUNK = 1024
+STREAMS = {"train": 0, "test": 1}
+# Segmentation labels are bytes, 0 is the background.
+MOST_OBJECTS = 255
+
+
+@dataclass
+class Sprites:
+    """The S different pieces of ink that a data set is made of.
+
+    masks: (S, D, D) bool, D odd, the sprite's centre in the middle pixel.
+    category: (S,) int.
+    keep_cell: whether the whole D x D cell must lie inside the canvas and clear of other cells,
+        or only the tight box round the ink.
+    attributes: name -> (S,), reported with every object.
+    """
+
+    masks: np.ndarray
+    category: np.ndarray
+    keep_cell: bool
+    attributes: dict[str, np.ndarray]
+    ink_box: np.ndarray = field(init=False)  # (S, 4) left, top, right, bottom from the centre
+    ink: np.ndarray = field(init=False)  # (P, 2) row, column from the centre, sprite by sprite
+    first: np.ndarray = field(init=False)  # (S + 1,) where a sprite's pixels begin in `ink`
+
+    def __post_init__(self) -> None:
+        half = self.masks.shape[1] // 2
+        per_sprite = self.masks.sum((1, 2))
+        if not per_sprite.all():
+            raise UserError(f"sprite {int(per_sprite.argmin())} of the pool has no ink; "
+                            "use the original MNIST files")
+        rows, columns = np.any(self.masks, axis=2), np.any(self.masks, axis=1)
+        edges = [columns.argmax(1), rows.argmax(1),
+                 2 * half - columns[:, ::-1].argmax(1), 2 * half - rows[:, ::-1].argmax(1)]
+        self.ink_box = np.stack(edges, 1) - half
+        self.ink = np.argwhere(self.masks)[:, 1:] - half
+        self.first = np.concatenate([[0], per_sprite.cumsum()])
+
+    @property
+    def room(self) -> np.ndarray:
+        """(S, 4) what a sprite keeps for itself, as `placing.place` takes it."""
+        half = self.masks.shape[1] // 2
+        cell = np.array([-half, -half, half, half])
+        return np.broadcast_to(cell, self.ink_box.shape) if self.keep_cell else self.ink_box
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A data set that can be generated.
+
+    With 3 channels each object also has a colour: `colour` 1..7, whose bits 0, 1 and 2 are red,
+    green and blue.
+    """
+
+    name: str
+    shape: tuple[int, int, int]  # H, W, C
+    class_names: tuple[str, ...]
+    sprites: Callable[[Path | None], Sprites]  # given the folder with MNIST, if any
+    objects: tuple[int, int] = (0, 3)  # fewest and most
+    sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 190_000, "test": 10_000})
+
+    def generate(
+        self, images: int, *, objects: tuple[int, int] | None = None, seed: int = 0,
+        stream: str = "test", mnist: Path | None = None, segmentation: bool = True,
+    ) -> SceneData:
+        """Make `images` scenes; see `registry.make`."""
+        low, high = self.objects if objects is None else objects
+        if images < 1:
+            raise UserError(f"{images} images asked for; ask for at least 1")
+        if not 0 <= low <= high <= MOST_OBJECTS:
+            raise UserError(f"objects {low}-{high}: give the fewest and the most objects a scene, "
+                            f"within 0-{MOST_OBJECTS}")
+        if stream not in STREAMS:
+            raise UserError(f"unknown stream {stream!r}; one of {', '.join(STREAMS)}")
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed {seed}: give a whole number from 0 to 2**64 - 1")
+        height, width, channels = self.shape
+        sprites = self.sprites(mnist)
+        key = (zlib.crc32(self.name.encode()), STREAMS[stream], low, high)
+        made: dict[str, np.ndarray] = {}
+        for start in range(0, images, CHUNK):
+            draws = Draws(seed, (*key, start // CHUNK))
+            for name, values in self._chunk(draws, sprites, low, high, segmentation).items():
+                if name not in made:
+                    made[name] = np.empty((images, *values.shape[1:]), values.dtype)
+                made[name][start:start + CHUNK] = values[:images - start]
+        known = {name: made.pop(name, None)
+                 for name in ("counts", "categories", "boxes", "segmentation")}
+        return SceneData(self.name, self.shape, made.pop("pixels"), attributes=made,
+                         class_names=self.class_names, **known)
+
+    def _chunk(
+        self, draws: Draws, sprites: Sprites, low: int, high: int, segmentation: bool
+    ) -> dict[str, np.ndarray]:
+        height, width, channels = self.shape
+        counts = low + draws.below(high - low + 1, CHUNK)
+        colour = 1 + draws.below(2**channels - 1, (CHUNK, high))
+        chosen, centres = place(draws, sprites.room, counts, high, height, width)
+        present = np.arange(high) < counts[:, None]
+        canvas = render(sprites, chosen, centres, present, colour, height, width)
+        made = {
+            "pixels": np.packbits(
+                np.concatenate([canvas & (1 << c) for c in range(channels)], axis=1), axis=1),
+            "counts": counts,
+            "categories": np.where(present, sprites.category[chosen], -1),
+            "boxes": _boxes(sprites.ink_box[chosen], centres, present),
+        }
+        if segmentation:
+            label = np.broadcast_to(np.arange(1, high + 1), chosen.shape)
+            made["segmentation"] = render(
+                sprites, chosen, centres, present, label, height, width
+            ).reshape(-1, height, width)
+        for axis, name in enumerate("xy"):
+            made[name] = np.where(present, centres[..., axis] + 0.5, np.nan).astype(np.float32)
+        for name, values in sprites.attributes.items():
+            none = -1 if values.dtype.kind == "i" else np.float32(np.nan)
+            made[name] = np.where(present, values[chosen], none)
+        if channels > 1:
+            made["colour"] = np.where(present, colour, -1)
+        return made
+
+
+def render(
+    sprites: Sprites, chosen: np.ndarray, centres: np.ndarray, present: np.ndarray,
+    values: np.ndarray, height: int, width: int,
+) -> np.ndarray:
+    """Canvases, uint8 (n, height * width): 0, or the value of the object whose ink is there.
+
+    chosen, present, values: (n, M) sprite, whether there is one, and 1..255 to write;
+    centres: (n, M, 2) column, row.
+    """
+    canvas = np.zeros((len(chosen), height * width), np.uint8)
+    scene, slot = np.nonzero(present)
+    sprite, (column, row) = chosen[scene, slot], centres[scene, slot].T
+    offsets = sprites.ink[:, 0] * width + sprites.ink[:, 1]
+    start, size = sprites.first[sprite], np.diff(sprites.first)[sprite]
+    # Only ink is written: entry j of an object's run is pixel `start + j` of the list of ink.
+    run = np.arange(size.sum()) + np.repeat(start - (size.cumsum() - size), size)
+    corner = (scene * height + row) * width + column
+    canvas.reshape(-1)[offsets[run] + np.repeat(corner, size)] = np.repeat(
+        values[scene, slot].astype(np.uint8), size)
+    return canvas
+
+
+def _boxes(ink_box: np.ndarray, centres: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """float32 (n, M, 4) centre x, y, width, height of inclusive pixel boxes, NaN where absent."""
+    size = ink_box[..., 2:] - ink_box[..., :2] + 1
+    middle = centres + ink_box[..., :2] + size / 2
+    boxes = np.concatenate([middle, size], -1).astype(np.float32)
+    boxes[~present] = np.nan
+    return boxes

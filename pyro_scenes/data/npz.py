@@ -1,0 +1,159 @@
+"""Scenes in npz files: plain arrays only, which `np.load(path, allow_pickle=False)` reads.
+
+| array | dtype and shape | |
+|---|---|---|
+| images | uint8 (N, H, W, C) | needed; C is 1 or 3 |
+| counts | int (N,) | |
+| categories | int (N, M) | -1 for none |
+| boxes | float (N, M, 4) | centre x, y, width, height in pixels; NaN for none |
+| segmentation | uint8 (N, H, W) | 0 for background |
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+
+from pyro_scenes.data.files import atomic_write
+from pyro_scenes.data.scene_data import SceneData
+from pyro_scenes.errors import UserError
+
+LIMIT = 16 * 2**30  # bytes that one array may claim, against damaged and hostile headers
+# Kinds of dtype accepted, what they are called, and the axes.
+SCHEMA = {
+    "images": ("u", "uint8", ("N", "H", "W", "C")),
+    "counts": ("iu", "integers", ("N",)),
+    "categories": ("iu", "integers", ("N", "M")),
+    "boxes": ("f", "floats", ("N", "M", "4")),
+    "segmentation": ("u", "uint8", ("N", "H", "W")),
+}
+TRUTH = tuple(SCHEMA)[1:]
+
+
+def save_npz(path: str | Path, data: SceneData) -> None:
+    """Write images and truth (not the attributes), compressed, whole or not at all.
+
+    The images go out block by block, so memory stays near the packed size.
+    """
+    images = ((len(data), *data.shape), np.dtype(np.uint8), data.blocks())
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]] = {"images": images}
+    for name in TRUTH:
+        value = getattr(data, name)
+        if value is not None:
+            arrays[name] = (value.shape, value.dtype, [value])
+    with atomic_write(Path(path)) as file, \
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, (shape, dtype, blocks) in arrays.items():
+            header = {"shape": shape, "fortran_order": False, "descr": npy.dtype_to_descr(dtype)}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                npy.write_array_header_1_0(entry, header)
+                for block in blocks:
+                    entry.write(np.ascontiguousarray(block).tobytes())
+
+
+def load_npz(path: str | Path) -> SceneData:
+    """Read and check a file of the schema above; other arrays in it are ignored.
+
+    Raises:
+        UserError: the file is missing, damaged or no npz, holds pickled objects, lacks images, or
+            an array's dtype, shape or values break the schema. The line says which and how.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = _check_headers(path, archive)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError,
+            RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no readable npz file ({reason}); write it with numpy's "
+                        "savez_compressed") from None
+    _check_values(path, arrays)
+    truth: dict[str, np.ndarray | None] = {name: arrays.get(name) for name in TRUTH}
+    for name, dtype in (("counts", np.int64), ("categories", np.int64), ("boxes", np.float32)):
+        if name in arrays:
+            truth[name] = arrays[name].astype(dtype)
+    return SceneData.from_images(path.name, arrays["images"], **truth)
+
+
+def _check_headers(path: Path, archive: zipfile.ZipFile) -> list[str]:
+    """Check dtypes and shapes from the arrays' headers alone; the names of those present."""
+    entries = {info.filename: info for info in archive.infolist()}
+    present = [name for name in SCHEMA if f"{name}.npy" in entries]
+    if "images" not in present:
+        raise UserError(f"{path} has no array called images; it needs one, uint8 (N, H, W, C)")
+    lengths: dict[str, int] = {"4": 4}
+    for name in present:
+        kinds, called, axes = SCHEMA[name]
+        info = entries[f"{name}.npy"]
+        with archive.open(info) as entry:
+            version = npy.read_magic(entry)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f"{name} has the npy format {version}")
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(entry)
+            header = entry.tell()
+        wanted = f"{called} ({', '.join(axes)}{',' * (len(axes) == 1)})"
+        if dtype.hasobject:
+            raise UserError(f"{path}: {name} holds pickled Python objects; save it as {wanted}")
+        if dtype.kind not in kinds or (called == "uint8" and dtype != np.uint8):
+            raise UserError(f"{path}: {name} is {dtype}; it must be {wanted}")
+        if len(shape) != len(axes):
+            raise UserError(f"{path}: {name} has shape {shape}; it must be {wanted}")
+        size = math.prod(shape) * dtype.itemsize
+        if size > LIMIT:
+            raise UserError(f"{path}: {name} claims {size / 2**30:.0f} GiB, more than "
+                            f"{LIMIT // 2**30}; split the file")
+        if header + size > info.file_size:
+            raise ValueError(f"{name} is cut short")
+        for axis, length in zip(axes, shape):
+            if lengths.setdefault(axis, length) != length:
+                raise UserError(f"{path}: {name} has shape {shape}, but {axis} is "
+                                f"{lengths[axis]} by the arrays before it; it must be {wanted}")
+    if not all(lengths[axis] for axis in "NHW"):
+        raise UserError(f"{path} has no pixels: images has N, H, W = "
+                        f"{', '.join(str(lengths[axis]) for axis in 'NHW')}")
+    if lengths["C"] not in (1, 3):
+        raise UserError(f"{path}: images has {lengths['C']} channels; it must be uint8 "
+                        "(N, H, W, C) with C = 1 or 3")
+    return present
+
+
+def _check_values(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Whether counts, categories and boxes tell the same story."""
+    counts, categories, boxes = (arrays.get(name) for name in ("counts", "categories", "boxes"))
+    if counts is not None and counts.min() < 0:
+        raise UserError(f"{path}: counts has {counts.min()}; a count is 0 or more")
+    told = {}
+    if categories is not None:
+        if categories.size and categories.min() < -1:
+            raise UserError(f"{path}: categories has {categories.min()}; a category is 0 or more, "
+                            "or -1 for none")
+        told["categories"] = categories >= 0
+    if boxes is not None:
+        given = ~np.isnan(boxes)
+        if np.any(given.any(-1) != given.all(-1)):
+            raise UserError(f"{path}: boxes has boxes that are NaN in part; a box is four numbers, "
+                            "or four NaN for none")
+        real = boxes[given.all(-1)]
+        if not np.isfinite(real).all() or np.any(real[:, 2:] <= 0):
+            raise UserError(f"{path}: boxes has boxes that are infinite or without width or "
+                            "height; give centre x, y, width, height in pixels")
+        told["boxes"] = given.all(-1)
+    if len(told) == 2 and np.any(told["categories"] != told["boxes"]):
+        raise UserError(f"{path}: categories and boxes disagree on where objects are; -1 and NaN "
+                        "must be in the same places")
+    for name, objects in told.items():
+        if counts is not None and np.any(objects.sum(-1) != counts):
+            image = int(np.argmax(objects.sum(-1) != counts))
+            raise UserError(f"{path}: image {image} has {counts[image]} objects by counts but "
+                            f"{objects[image].sum()} by {name}; make them agree")

@@ -1,0 +1,78 @@
+"""The data sets by name, and the one way to get data: a name or a file in, SceneData out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pyro_scenes.data import multi_dsprites, multi_mnist
+from pyro_scenes.data.generator import DatasetSpec
+from pyro_scenes.data.npz import load_npz
+from pyro_scenes.data.scene_data import SceneData
+from pyro_scenes.errors import UserError
+
+DATASETS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for spec in (multi_dsprites.SPEC, multi_mnist.SPEC_1K, multi_mnist.SPEC_10K)
+}
+
+
+def make(
+    name: str, images: int, *, objects: tuple[int, int] | None = None, seed: int = 0,
+    stream: str = "test", mnist: str | Path | None = None, segmentation: bool = True,
+) -> SceneData:
+    """Generate `images` scenes of a registered data set.
+
+    The same arguments give the same bytes on every machine, and a longer data set begins with
+    the images of a shorter one. Streams ("train", "test") and object ranges share no random
+    numbers.
+
+    Args:
+        objects: fewest and most objects a scene, both included, each count equally likely;
+            None is the data set's own range, 0 to 3.
+        mnist: the folder with MNIST's files, for the data sets made from it; see `mnist.py`.
+
+    Raises:
+        UserError: an unknown name or stream, a range that is empty or does not fit, no MNIST.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
+    return DATASETS[name].generate(
+        images, objects=objects, seed=seed, stream=stream, segmentation=segmentation,
+        mnist=None if mnist is None else Path(mnist))
+
+
+def load(
+    source: str | Path, *, split: str = "test", images: int | None = None,
+    objects: tuple[int, int] | None = None, mnist: str | Path | None = None,
+    segmentation: bool | None = None,
+) -> SceneData:
+    """Data by name or from a file.
+
+    Args:
+        source: a registered name (generated with seed 0 from that split's stream, in that
+            split's size), or the path of an npz file, which serves either split as it is.
+        split: "train" or "test".
+        images: take only the first so many.
+        objects: as for `make`; generated data only.
+        segmentation: generate segmentation maps; None does for "test" only, they take memory.
+            A file's map is always kept.
+
+    Raises:
+        UserError: neither a known name nor a readable npz file, or as for `make`.
+    """
+    if images is not None and images < 1:
+        raise UserError(f"{images} images asked for; ask for at least 1")
+    if str(source) in DATASETS:
+        spec = DATASETS[str(source)]
+        if split not in spec.sizes:
+            raise UserError(f"unknown split {split!r}; one of {', '.join(spec.sizes)}")
+        return make(
+            spec.name, images or spec.sizes[split], objects=objects, stream=split, mnist=mnist,
+            segmentation=split == "test" if segmentation is None else segmentation)
+    if not Path(source).exists():
+        raise UserError(f"no data set and no file is called {str(source)!r}; give an npz file or "
+                        f"one of {', '.join(DATASETS)}")
+    if objects is not None:
+        raise UserError(f"{source} is a file: the number of objects can only be chosen for "
+                        f"{', '.join(DATASETS)}")
+    return load_npz(source)[:images]
