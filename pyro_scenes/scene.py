@@ -1,0 +1,96 @@
+"""Scenes: one type for the truth of a data set and for what a guide infers.
+
+Coordinates are pixels, x to the right and y down; the pixel in row r and column c covers
+``[c, c + 1) x [r, r + 1)``, so its centre is ``(c + 0.5, r + 0.5)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A batch of scenes with M slots each; slots without an object are padding.
+
+    ========  ==============  ====================================================
+    field     shape           meaning
+    ========  ==============  ====================================================
+    present   (B, M) bool     the slot holds an object
+    where     (B, M, 2)       centre x, y in pixels, NaN where absent
+    boxes     (B, M, 4)       centre x, y, width, height in pixels, NaN where absent
+    kind      (B, M) long     category, -1 where absent; None if the model has none
+    what      (B, M, L)       appearance, 0 where absent; None if unknown
+    size      (H, W)          of the canvas, pixels; None for the model's own
+    ========  ==============  ====================================================
+    """
+
+    present: Tensor
+    where: Tensor
+    boxes: Tensor
+    kind: Tensor | None = None
+    what: Tensor | None = None
+    size: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    @property
+    def counts(self) -> Tensor:
+        """Objects in each scene, (B,) long."""
+        return self.present.sum(-1)
+
+    def to_json(self) -> list[dict]:
+        """One dictionary a scene: its count and its objects, in numbers that JSON can hold."""
+        return [
+            {
+                "count": int(self.present[b].sum()),
+                "objects": [self._object(b, m) for m in self.present[b].nonzero().flatten()],
+            }
+            for b in range(len(self))
+        ]
+
+    def _object(self, b: int, m: Tensor) -> dict:
+        x, y = self.where[b, m].tolist()
+        entry = {"x": x, "y": y, "box": self.boxes[b, m].tolist()}
+        if self.kind is not None:
+            entry["kind"] = int(self.kind[b, m])
+        if self.what is not None:
+            entry["what"] = self.what[b, m].tolist()
+        return entry
+
+    def to(self, device: torch.device | str) -> Scene:
+        """The same scenes on another device."""
+        moved = {
+            f.name: value.to(device) if isinstance(value, Tensor) else value
+            for f in fields(self)
+            for value in [getattr(self, f.name)]
+        }
+        return Scene(**moved)
+
+    @staticmethod
+    def concatenate(scenes: list[Scene]) -> Scene:
+        """Join batches of scenes, padding the slots to the largest M."""
+        slots = max(s.present.shape[1] for s in scenes)
+
+        def join(name: str, fill) -> Tensor | None:
+            parts = [getattr(s, name) for s in scenes]
+            if any(p is None for p in parts):
+                return None
+            return torch.cat([_pad(p, slots, fill) for p in parts])
+
+        nan = float("nan")
+        present = join("present", False)
+        where, boxes = join("where", nan), join("boxes", nan)
+        assert present is not None and where is not None and boxes is not None
+        return Scene(present, where, boxes, join("kind", -1), join("what", 0.0), scenes[0].size)
+
+
+def _pad(values: Tensor, slots: int, fill) -> Tensor:
+    """Pad dimension 1 to ``slots`` with ``fill``."""
+    missing = slots - values.shape[1]
+    padding = values.new_full((values.shape[0], missing, *values.shape[2:]), fill)
+    return torch.cat([values, padding], 1)
