@@ -1,0 +1,149 @@
+"""Settings by name: what a run is made of, checked before anything is spent on it."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pyro_scenes.data import DATASETS
+from pyro_scenes.errors import UserError
+from pyro_scenes.models import MODELS
+from pyro_scenes.objectives import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the training loop; defaults are the fast presets'."""
+
+    steps: int = 4000
+    batch_size: int = 64
+    optimizer: str = "adam"  # adam or adamax
+    beta2: float = 0.99  # decay of the optimiser's second moment
+    clip: float = 100.0  # largest norm of the gradient, 0 for no limit
+    precision: str = "auto"  # of the inference networks: auto, float32 or bfloat16
+    checkpoint_every: int = 500  # steps
+    log_every: int = 10  # steps
+    eval_every: int = 250  # steps between short looks at held-out images
+    eval_images: int = 500  # of that look
+
+
+TRAINING = {
+    "fast": TrainConfig(),
+    "paper": TrainConfig(
+        steps=100_000, optimizer="adamax", beta2=0.999, clip=0.0, precision="float32", eval_every=1000
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that determines a run but for the machine: ``--set`` reaches each field of the parts."""
+
+    model: str
+    data: str
+    preset: str
+    seed: int
+    train: TrainConfig
+    schedule: Any  # the objective's dataclass
+    net: Any  # the model's dataclass
+    parts: typing.ClassVar[tuple[str, ...]] = ("train", "schedule", "net")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict) -> RunConfig:
+        """The inverse of ``to_dict``, through JSON or not.
+
+        :raises UserError: if it names what this version does not know.
+        """
+        try:
+            config = make_config(
+                values["model"], values["data"], values["preset"], seed=values["seed"], known=False
+            )
+            for part in RunConfig.parts:
+                now = getattr(config, part)
+                # Lists are what JSON leaves of tuples.
+                given = {k: tuple(v) if isinstance(v, list) else v for k, v in values[part].items()}
+                config = replace(config, **{part: replace(now, **given)})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"the configuration is not of this version ({error})") from error
+        return config
+
+
+def make_config(
+    model: str,
+    data: str,
+    preset: str = "fast",
+    settings: Sequence[str] = (),
+    steps: int | None = None,
+    seed: int = 0,
+    known: bool = True,
+) -> RunConfig:
+    """A run's configuration.
+
+    :param data: a registered data set or the path of an npz file.
+    :param settings: "name=value", any field of the three parts.
+    :param known: insist that ``data`` exists.
+    :raises UserError: on unknown names and values of the wrong type.
+    """
+    if model not in MODELS:
+        raise UserError(f"no model is called {model!r}; there are {', '.join(MODELS)}")
+    presets = MODELS[model][1]
+    if preset not in presets:
+        raise UserError(f"{model} has no preset {preset!r}; it has {', '.join(presets)}")
+    if known and data not in DATASETS and not Path(data).is_file():
+        raise UserError(
+            f"no data set and no file is called {data!r}; the data sets are {', '.join(DATASETS)}"
+        )
+    schedules = OBJECTIVES[model][1]
+    config = RunConfig(
+        model, data, preset, seed, TRAINING[preset], schedules[preset], presets[preset]
+    )
+    if steps is not None:
+        settings = [*settings, f"steps={steps}"]
+    for setting in settings:
+        config = _set(config, setting)
+    return config
+
+
+def _set(config: RunConfig, setting: str) -> RunConfig:
+    name, equals, text = setting.partition("=")
+    if not equals:
+        raise UserError(f"a setting is name=value, not {setting!r}")
+    for part in RunConfig.parts:
+        values = getattr(config, part)
+        kinds = typing.get_type_hints(type(values))
+        if name in kinds:
+            value = _parse(name, text, kinds[name])
+            return replace(config, **{part: replace(values, **{name: value})})
+    raise UserError(f"no setting is called {name!r}; there are {', '.join(setting_names(config))}")
+
+
+def setting_names(config: RunConfig) -> list[str]:
+    return [f.name for part in RunConfig.parts for f in fields(getattr(config, part))]
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    """Text to a value of the field's type."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is int:
+            value = int(text)
+        elif kind is float:
+            value = float(text)
+        elif typing.get_origin(kind) is tuple:
+            return tuple(_parse(name, item, typing.get_args(kind)[0]) for item in text.split(","))
+        else:
+            return text
+    except (ValueError, KeyError):
+        wanted = kind if isinstance(kind, types.GenericAlias) else kind.__name__
+        raise UserError(f"{name} takes a value of type {wanted}, not {text!r}") from None
+    if not value >= 0 or value == float("inf"):
+        raise UserError(f"{name} must be finite and not negative, not {text}")
+    return value

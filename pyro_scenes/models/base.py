@@ -1,0 +1,119 @@
+"""What every model offers; training, evaluation and the commands know no more than this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_scenes.errors import UserError
+from pyro_scenes.scene import Scene
+
+
+class GenerativeModel(PyroModule):
+    """A generative model of images with its amortised guide.
+
+    A subclass has ``model(x)`` and ``guide(x)``, both ``pyro_method``: one plate "images" of
+    ``len(x)`` at dim -1, the same latent sites, each with a ``log_prob`` of shape (B,), and the
+    image observed as "x". Its networks accept a particle plate to the left, so that ``x`` of
+    shape (B, C, H, W) is encoded once however many particles are drawn.
+
+    :ivar image_shape: (C, H, W) of the images that it was made for.
+    """
+
+    image_shape: tuple[int, int, int]
+
+    def model(self, x: Tensor) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no model")
+
+    def guide(self, x: Tensor) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no guide")
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x given the guide's summary), (B, C, H, W) in [0, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} has no reconstruct")
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """Means of images drawn from the prior, (count, C, H, W) in [0, 1]."""
+        device = next(self.parameters()).device
+        blank = torch.zeros(count, *self.image_shape, device=device)
+        drawn = poutine.trace(poutine.uncondition(self.model)).get_trace(blank)
+        return drawn.nodes["x"]["fn"].mean
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the learning rate that they share."""
+        return {"all": list(self.parameters())}
+
+    def check(self, x: Tensor) -> None:
+        """:raises UserError: if the images do not suit this model."""
+        if x.dim() != 4 or x.shape[1] != self.image_shape[0]:
+            raise UserError(
+                f"the model reads images of {self.image_shape[0]} channels,"
+                f" not of shape {tuple(x.shape[1:])}"
+            )
+
+    @contextmanager
+    def priors(self, **priors: nn.Module) -> Iterator[None]:
+        """Swap priors for a while: ``with model.priors(count=UniformCount(5, 6)): ...``.
+
+        :raises UserError: for a prior that the model does not have.
+        """
+        names = {name: f"{name}_prior" for name in priors}
+        for name, attribute in names.items():
+            if not hasattr(self, attribute):
+                raise UserError(f"{type(self).__name__} has no prior called {name!r}")
+        before = {name: getattr(self, attribute) for name, attribute in names.items()}
+        try:
+            for name, prior in priors.items():
+                setattr(self, names[name], prior)
+            yield
+        finally:
+            for name, prior in before.items():
+                setattr(self, names[name], prior)
+
+
+class SceneModel(GenerativeModel):
+    """A model whose latent variables are objects."""
+
+    def infer(self, x: Tensor, limit: float | None = None) -> Scene:
+        """A deterministic summary of the guide.
+
+        :param limit: most objects in an image; the model's own by default.
+        :raises UserError: if an image shows more.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no infer")
+
+    def render(self, scene: Scene) -> Tensor:
+        """The mean of p(x given scene), (B, C, H, W) in [0, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} has no render")
+
+    def layers(self, scene: Scene) -> Tensor:
+        """What each object adds to the mean, (B, M, C, H, W), 0 where absent."""
+        raise NotImplementedError(f"{type(self).__name__} has no layers")
+
+    def sprites(self, scene: Scene) -> Tensor:
+        """Each object alone, (B, M, C, S, S) in [0, 1], 0 where absent."""
+        raise NotImplementedError(f"{type(self).__name__} has no sprites")
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.render(self.infer(x))
+
+    @torch.no_grad()
+    def segment(self, scene: Scene, threshold: float = 0.5) -> Tensor:
+        """The object of each pixel, (B, H, W) long: 0 for background, m + 1 for slot m.
+
+        A pixel belongs to the object that adds most to it, in the channel where it adds most, or
+        to the background if that is less than ``threshold``.
+        """
+        parts = self.layers(scene).amax(2)  # (B, M, H, W)
+        if parts.shape[1] == 0:
+            return torch.zeros(len(parts), *parts.shape[2:], dtype=torch.long)
+        strongest, slot = parts.max(1)
+        return torch.where(strongest > threshold, slot + 1, 0)
+

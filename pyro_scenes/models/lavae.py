@@ -1,0 +1,335 @@
+"""LAVAE: location and appearance apart (Disentangling Location and Appearance, ICLR 2020 review).
+
+The joint density (eq. 1), for n objects on a canvas of D = H * W places::
+
+    p(x, z_loc, z_app, n) = p(n) prod_{i<n} p(z_loc_i | z_loc_<i) p(z_app_i)
+                            prod_d Bernoulli(x_d; lambda_d)
+    lambda = sum_{i<n} f_sprite(z_app_i) * z_loc_i                  (eq. 4; * is convolution)
+
+and the guide (eq. 5)::
+
+    q(z_app, z_loc, n | x) = delta(n - f_count(h_loc))
+                             prod_{i<n} q(z_loc_i | z_loc_<i, x) q(z_app_i | z_loc_i, x)
+
+========  =============  =======================================================================
+symbol    shape          meaning
+========  =============  =======================================================================
+x         (B, C, H, W)   binary image, C = 1 or 3
+n         (B,)           number of objects, 0..M
+z_loc_i   (B, D)         one-hot place of the centre of object i
+z_app_i   (B, L)         appearance of object i
+h_loc     (B, H, W)      heights of the location map; the logits are gamma * h_loc
+gamma     scalar         log(D) / 2 (appendix B, "Rescaling location logits")
+lambda    (B, C, H, W)   mean of the image
+========  =============  =======================================================================
+
+Any site may have a particle dimension to the left of B.
+
+Where the fast preset leaves the paper, and why:
+
+- h_loc is a softplus, so that the background's height is pinned near 0 and the threshold of
+  f_count means something once the warm-up is over: a softmax does not see a constant.
+- After a draw the guide also shuts a window round the place, not that place alone: while peaks
+  are wide the second draw would land on the first object again. Any guide is legitimate; the
+  prior still draws uniformly without replacement, and the bound stays a bound.
+- Peaks are the largest of a window wider than 3 x 3: it counts better while they are wide.
+- z_loc is one-hot in training too (straight-through): soft places smear sprites over objects.
+- q(z_app | z_loc, x) reads a crop round the place, instead of a map over the whole image that is
+  then looked up at n places; the sprite decoder is fully connected. Both cost a fraction a step.
+- The background's mean is a small floor, not 0: one stray pixel would cost infinitely much.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import pyro_method
+from torch import Tensor, nn
+
+from pyro_scenes import nets
+from pyro_scenes.distributions import USED, OneHotPlace, one_hot
+from pyro_scenes.errors import UserError
+from pyro_scenes.likelihoods import BernoulliImage
+from pyro_scenes.models.base import SceneModel
+from pyro_scenes.priors import LearnedCount, StandardNormal, UniformPlaces
+from pyro_scenes.scene import Scene
+from pyro_scenes.spatial import count_peaks, crops, place_sprites, windows
+
+# A place within the window of an earlier one is shut to the guide, yet preferred to the place
+# itself: on a canvas smaller than the window there would be nowhere else to go.
+NEAR = USED / 100
+
+
+@dataclass(frozen=True)
+class LAVAEConfig:
+    """Settings of the networks and the guide; defaults are the fast preset's."""
+
+    networks: str = "fast"  # fast or paper
+    max_objects: int = 10  # M
+    latent: int = 32  # L, dimensions of z_app
+    sprite: int = 21  # side of a sprite, pixels, odd
+    crop: int = 27  # side of the crop that the appearance network reads, pixels, odd
+    location_width: int = 48  # channels of the location network
+    location_blocks: int = 2  # its residual blocks (fast)
+    appearance_width: int = 32  # channels of the appearance network
+    appearance_hidden: int = 192  # its hidden units (fast)
+    sprite_width: int = 48  # channels of the sprite decoder (paper)
+    sprite_hidden: tuple[int, ...] = (256, 320)  # hidden units of the sprite decoder (fast)
+    count_threshold: float = 2.0  # f_count: heights above it count, in units of h_loc
+    count_window: int = 9  # side of the window that a peak is the largest of, pixels, odd
+    blocked_window: int = 13  # side of the window shut after a draw, pixels, odd; 1 as the paper
+    straight_through: bool = True  # hard places in training
+    likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
+
+
+PAPER = LAVAEConfig(
+    networks="paper",
+    appearance_width=48,
+    count_threshold=4.0,
+    count_window=3,
+    blocked_window=1,
+    straight_through=False,
+)
+PRESETS = {"fast": LAVAEConfig(), "paper": PAPER}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the guide knows of a batch before it draws."""
+
+    heights: Tensor  # (B, H, W), h_loc
+    count: Tensor  # (B,) long, f_count(h_loc)
+
+
+class LAVAE(SceneModel):
+    """See the module's docstring.
+
+    :param image_shape: (C, H, W).
+    :raises UserError: for sizes that the networks do not accept.
+    """
+
+    def __init__(self, config: LAVAEConfig, image_shape: tuple[int, int, int]):
+        super().__init__()
+        channels = image_shape[0]
+        self.config, self.image_shape = config, image_shape
+        self.temperature: float | None = None  # of the places' gradient; a training sets it
+        self.bfloat16 = False  # arithmetic of the inference networks; a training may set it
+        for name in ("sprite", "crop", "count_window", "blocked_window"):
+            if getattr(config, name) % 2 == 0:
+                raise UserError(f"{name} must be odd, so that it has a centre pixel")
+        # generative model: p(n), p(z_loc), p(z_app), f_sprite, p(x | lambda)
+        self.count_prior: nn.Module = LearnedCount(config.max_objects)
+        self.location_prior: nn.Module = UniformPlaces()
+        self.appearance_prior: nn.Module = StandardNormal(config.latent)
+        self.likelihood = BernoulliImage(config.likelihood_floor)
+        # inference networks: h_loc, and the parameters of q(z_app | z_loc, x)
+        if config.networks == "fast":
+            self.sprite_net: nn.Module = nets.SpriteMLP(
+                config.latent, channels, config.sprite, config.sprite_hidden
+            )
+            self.location_net: nn.Module = nets.LocationNet(
+                channels, config.location_width, config.location_blocks
+            )
+            self.appearance_net: nn.Module = nets.CropEncoder(
+                channels, config.crop, config.latent, config.appearance_width,
+                config.appearance_hidden,
+            )  # fmt: skip
+        elif config.networks == "paper":
+            self.sprite_net = nets.PaperSprite(
+                config.latent, channels, config.sprite, config.sprite_width
+            )
+            self.location_net = nets.PaperLocationNet(channels, config.location_width)
+            self.appearance_net = nets.PaperAppearanceNet(
+                channels, config.appearance_width, config.latent
+            )
+        else:
+            raise UserError(f"networks must be 'fast' or 'paper', not {config.networks!r}")
+        self.check(torch.zeros(1, *image_shape))
+
+    # --- the generative model ---------------------------------------------------------------
+
+    @pyro_method
+    def model(self, x: Tensor) -> None:
+        """:param x: (B, C, H, W) in [0, 1]; sites n, z_loc_i, z_app_i, x."""
+        size = x.shape[-2:]
+        with pyro.plate("images", len(x), dim=-1):
+            n = pyro.sample("n", self.count_prior())  # (B,)
+            used = x.new_zeros(*n.shape, size[0] * size[1])  # (B, D)
+            places, appearances = [], []
+            steps = int(n.max()) if n.numel() else 0
+            for i in pyro.markov(range(steps), history=max(steps, 1)):
+                with poutine.mask(mask=i < n):
+                    z_loc = pyro.sample(f"z_loc_{i}", self.location_prior(used))  # (B, D)
+                    z_app = pyro.sample(f"z_app_{i}", self.appearance_prior())  # (B, L)
+                used = used + z_loc.detach()
+                places.append(z_loc)
+                appearances.append(z_app)
+            mean = self._paint(n, places, appearances, (x.shape[1], *size))
+            pyro.sample("x", self.likelihood(mean), obs=x)
+
+    def _paint(self, n: Tensor, places: list, appearances: list, shape: tuple) -> Tensor:
+        """lambda of eq. 4, (..., C, H, W); sprites are decoded for objects that are there."""
+        if not places:
+            return torch.zeros(*n.shape, *shape, device=n.device)
+        present, row = _present(n, len(places))
+        z_loc = torch.stack([z.expand(*n.shape, -1) for z in places], -2)  # (..., M, D)
+        z_app = torch.stack([z.expand(*n.shape, -1) for z in appearances], -2)  # (..., M, L)
+        sprites = self.sprite_net(z_app[present])  # (P, C, S, S)
+        canvas = place_sprites(sprites, z_loc[present], row, (n.numel(), *shape[1:]))
+        return canvas.view(*n.shape, *shape)
+
+    # --- the guide --------------------------------------------------------------------------
+
+    def encode(self, x: Tensor) -> Encoded:
+        """h_loc and f_count(h_loc) (eq. 7), once for all particles."""
+        self.check(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            heights = self.location_net(x).float()  # (B, H, W)
+        count = count_peaks(
+            heights.detach(), self.config.count_threshold, self.config.count_window
+        )
+        return Encoded(heights, count)
+
+    @pyro_method
+    def guide(self, x: Tensor, encoded: Encoded | None = None) -> None:
+        """:param encoded: of x, if it is at hand already or if counts are to be forced."""
+        encoded = encoded or self.encode(x)
+        with pyro.plate("images", len(x), dim=-1):
+            # The prior gives no mass to more than M objects: the bound is then one for M of them.
+            count = encoded.count.clamp(max=self.config.max_objects)
+            n = pyro.sample("n", dist.Delta(count))  # (B,)
+            logits = self._logits(encoded)  # (B, D)
+            places: list[Tensor] = []
+            steps = int(n.max()) if n.numel() else 0
+            for i in pyro.markov(range(steps), history=max(steps, 1)):
+                with poutine.mask(mask=i < n):
+                    site = OneHotPlace(logits, self.temperature, self.config.straight_through)
+                    z_loc = pyro.sample(f"z_loc_{i}", site)  # (B, D)
+                logits = self._shut(logits, z_loc, x.shape[-1])
+                places.append(z_loc)
+            for i, (mean, scale) in enumerate(self._appearance(x, n, places)):
+                with poutine.mask(mask=i < n):
+                    pyro.sample(f"z_app_{i}", dist.Normal(mean, scale).to_event(1))  # (B, L)
+
+    def _logits(self, encoded: Encoded) -> Tensor:
+        heights = encoded.heights.flatten(1)
+        return 0.5 * math.log(heights.shape[-1]) * heights
+
+    def _shut(self, logits: Tensor, z_loc: Tensor, width: int) -> Tensor:
+        """Shut a drawn place (eq. 11) and its window to further draws."""
+        z_loc = z_loc.detach()
+        drawn = one_hot(z_loc.argmax(-1), z_loc.shape[-1])
+        return logits + USED * drawn + NEAR * windows(drawn, self.config.blocked_window, width)
+
+    def _appearance(self, x: Tensor, n: Tensor, places: list) -> list[tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of q(z_app_i | z_loc_i, x), each (..., L), for every slot.
+
+        The network runs once for each (image, place) that occurs; absent slots get N(0, I).
+        """
+        if not places:
+            return []
+        present, row = _present(n, len(places))
+        z_loc = torch.stack([z.expand(*n.shape, -1) for z in places], -2)  # (..., M, D)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            mean, log_variance = self.appearance_net(
+                x, z_loc[present], row % len(x)
+            )  # (P, L) each
+        shape = *present.shape, self.config.latent
+        means = mean.new_zeros(shape).masked_scatter(present.unsqueeze(-1), mean)
+        # Bounded: one crop unlike all others must not overflow the exponential.
+        scale = (0.5 * log_variance.clamp(-14.0, 4.0)).exp()
+        scales = mean.new_ones(shape).masked_scatter(present.unsqueeze(-1), scale)
+        return list(zip(means.unbind(-2), scales.unbind(-2), strict=True))
+
+    # --- scenes -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def infer(self, x: Tensor, limit: float | None = None) -> Scene:
+        """The inferred count, its places from the likeliest on, and the means of z_app."""
+        encoded = self.encode(x)
+        n, logits = encoded.count, self._logits(encoded)
+        limit = self.config.max_objects if limit is None else limit
+        if len(n) and n.max() > limit:
+            raise UserError(
+                f"an image shows {int(n.max())} objects, more than the limit of {limit};"
+                " raise it with --max-objects"
+            )
+        places = []
+        for _ in range(int(n.max()) if len(n) else 0):
+            places.append(one_hot(logits.argmax(-1), logits.shape[-1]))
+            logits = self._shut(logits, places[-1], x.shape[-1])
+        slots = len(places)
+        present = torch.arange(slots, device=x.device) < n[:, None]  # (B, M)
+        index = torch.stack([z.argmax(-1) for z in places], 1) if places else n.new_zeros(len(n), 0)
+        width = x.shape[-1]
+        where = torch.stack([index % width, index // width], -1) + 0.5  # (B, M, 2)
+        where = where.masked_fill(~present[..., None], float("nan"))
+        means = [mean for mean, _ in self._appearance(x, n, places)]
+        what = torch.stack(means, 1) if means else x.new_zeros(len(x), 0, self.config.latent)
+        scene = Scene(present, where, where.new_zeros(len(x), slots, 4), what=what, size=x.shape[-2:])
+        return replace(scene, boxes=self._boxes(scene))
+
+    def sprites(self, scene: Scene) -> Tensor:
+        assert scene.what is not None
+        side, channels = self.config.sprite, self.image_shape[0]
+        sprites = scene.what.new_zeros(*scene.present.shape, channels, side, side)
+        if scene.present.any():
+            sprites[scene.present] = self.sprite_net(scene.what[scene.present])
+        return sprites
+
+    def _boxes(self, scene: Scene) -> Tensor:
+        """The box of each sprite's pixels above one half, pixels (B, M, 4); NaN where absent."""
+        ink = self.sprites(scene).amax(2) > 0.5  # (B, M, S, S)
+        ink = ink | ~ink.flatten(2).any(-1)[..., None, None]  # a faint sprite gets its window
+        side = ink.shape[-1]
+        edges = []
+        for axis in (-2, -1):  # columns, then rows
+            line = ink.any(axis).float()
+            low, high = line.argmax(-1), side - line.flip(-1).argmax(-1)
+            edges.append(((low + high) / 2 - side / 2, (high - low).float()))
+        (dx, w), (dy, h) = edges
+        boxes = torch.stack([scene.where[..., 0] + dx, scene.where[..., 1] + dy, w, h], -1)
+        return boxes.masked_fill(~scene.present[..., None], float("nan"))
+
+    def layers(self, scene: Scene) -> Tensor:
+        height, width = scene.size or self.image_shape[1:]
+        row = torch.arange(int(scene.present.sum()), device=scene.where.device)
+        column, line = (scene.where[scene.present].floor().long()).unbind(-1)  # (P,)
+        places = one_hot(line * width + column, height * width)
+        layers = place_sprites(
+            self.sprites(scene)[scene.present], places, row, (len(row), height, width)
+        )
+        shape = *scene.present.shape, self.image_shape[0], height, width
+        result = layers.new_zeros(shape)
+        result[scene.present] = layers
+        return result
+
+    def render(self, scene: Scene) -> Tensor:
+        return self.layers(scene).sum(1).clamp(0.0, 1.0)
+
+    # --- for training -----------------------------------------------------------------------
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        groups: dict[str, list[nn.Parameter]] = {"location": [], "prior": [], "rest": []}
+        for name, parameter in self.named_parameters():
+            first = name.split(".")[0]
+            key = {"location_net": "location", "count_prior": "prior"}.get(first, "rest")
+            groups[key].append(parameter)
+        return groups
+
+    def check(self, x: Tensor) -> None:
+        stride = self.location_net.stride
+        super().check(x)
+        if any(side % stride for side in x.shape[-2:]):
+            raise UserError(f"the sides of an image must be multiples of {stride}")
+
+
+def _present(n: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Which slots hold an object, (..., M) bool, and the row (of all but M) of each, (P,)."""
+    present = torch.arange(slots, device=n.device) < n[..., None]
+    return present, present.reshape(-1, slots).nonzero(as_tuple=True)[0]

@@ -1,0 +1,211 @@
+"""The building blocks of the inference and generative networks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_scenes.spatial import crops
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution, activation, normalisation."""
+
+    def __init__(self, inputs, outputs, kernel=3, stride=1, norm="group", activation=nn.SiLU):
+        super().__init__(
+            nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2),
+            activation(),
+            normalisation(norm, outputs),
+        )
+
+
+def normalisation(kind: str, channels: int) -> nn.Module:
+    """``batch`` as the papers have it; ``group`` has no running statistics that could lag."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(8 if channels % 8 == 0 else 1, channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a skip."""
+
+    def __init__(self, channels: int, norm: str = "group", activation=nn.SiLU):
+        super().__init__()
+        self.body = nn.Sequential(
+            ConvBlock(channels, channels, norm=norm, activation=activation),
+            ConvBlock(channels, channels, norm=norm, activation=activation),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class LocationNet(nn.Module):
+    """Image -> non-negative heights of the location map, one a pixel; fast.
+
+    A stem at half resolution, a residual trunk at a quarter, and two pixel shuffles back. Softplus
+    pins the offset of the logits: a softmax does not see a constant, the counting threshold does.
+    The last layer is float32, because bfloat16 would make ties at the peaks.
+    """
+
+    stride = 4
+
+    def __init__(self, channels: int, width: int, blocks: int):
+        super().__init__()
+        half = width // 2
+        self.stem = ConvBlock(channels, half, kernel=5, stride=2)
+        self.down = ConvBlock(half, width, stride=2)
+        self.trunk = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+        self.up = nn.Conv2d(width, 4 * half, 1)
+        self.join = ConvBlock(2 * half, half)
+        self.head = nn.Conv2d(half, 4, 1)
+        nn.init.constant_(self.head.bias, -3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H, W)."""
+        fine = self.stem(x)
+        coarse = self.trunk(self.down(fine))
+        features = self.join(torch.cat([fine, F.pixel_shuffle(self.up(coarse), 2)], 1))
+        with torch.autocast(x.device.type, enabled=False):
+            raw = F.pixel_shuffle(self.head(features.float()), 2)
+        return F.softplus(raw).squeeze(1)
+
+
+class PaperTrunk(nn.Sequential):
+    """The residual network of LAVAE's appendix B: 4 blocks of 2 convolutions at full resolution."""
+
+    def __init__(self, channels: int, width: int):
+        act = nn.LeakyReLU
+        super().__init__(
+            ConvBlock(channels, width, norm="batch", activation=act),
+            *(ResidualBlock(width, "batch", act) for _ in range(4)),
+        )
+
+
+class PaperLocationNet(nn.Module):
+    """The trunk and a 3-layer convolutional network with one output channel (appendix B)."""
+
+    stride = 1
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            PaperTrunk(channels, width),
+            ConvBlock(width, width // 2, norm="batch", activation=nn.LeakyReLU),
+            ConvBlock(width // 2, width // 2, norm="batch", activation=nn.LeakyReLU),
+        )
+        self.head = nn.Conv2d(width // 2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H, W)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.net(x).float()).squeeze(1)
+
+
+class CropEncoder(nn.Module):
+    """Crop -> mean and log variance of z_app: three strided convolutions and two linear layers."""
+
+    def __init__(self, channels: int, side: int, latent: int, width: int, hidden: int):
+        super().__init__()
+        self.side = side
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(channels, width, 5, 2, 2),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, 2, 1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, 2, 1),
+            nn.SiLU(),
+            nn.Flatten(),
+        )
+        cells = (-(-side // 8)) ** 2
+        self.head = nn.Sequential(
+            nn.Linear(2 * width * cells, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latent)
+        )
+
+    def forward(self, x: Tensor, places: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W), (P, D) one-hot, (P,) long -> two of (P, L)."""
+        # Particles of one image often share a place: each is read once.
+        key, back = torch.unique(
+            image * places.shape[-1] + places.detach().argmax(-1), return_inverse=True
+        )
+        crop = crops(x, key % places.shape[-1], self.side, key // places.shape[-1])
+        mean, log_variance = self.head(self.convolutions(crop)).float().chunk(2, -1)
+        return mean[back], log_variance[back]
+
+
+class PaperAppearanceNet(nn.Module):
+    """Image -> map of appearance parameters, looked up at the place (LAVAE, eq. 9)."""
+
+    def __init__(self, channels: int, width: int, latent: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            PaperTrunk(channels, width), nn.Conv2d(width, 2 * latent, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, places: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W), (P, D) one-hot or relaxed, (P,) long -> two of (P, L)."""
+        maps = self.net(x).float().flatten(2)  # (B, 2 L, D)
+        at = torch.stack([maps[b] @ z for b, z in zip(image.tolist(), places, strict=True)])
+        mean, log_variance = at.chunk(2, -1)
+        return mean, log_variance
+
+
+class SpriteMLP(nn.Module):
+    """z_app -> sprite, fully connected; sprites are small, so this costs least a step."""
+
+    def __init__(self, latent: int, channels: int, side: int, hidden: tuple[int, ...]):
+        super().__init__()
+        sizes = (latent, *hidden)
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], channels * side * side))
+        self.shape = (channels, side, side)
+        # Sprites start dim: a bright square would cover several objects before any is found.
+        nn.init.constant_(self.net[-1].bias, -2.0)  # type: ignore[arg-type]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(P, L) -> (P, C, S, S) in (0, 1)."""
+        return self.net(z).float().view(-1, *self.shape).sigmoid()
+
+
+class PaperSprite(nn.Module):
+    """f_sprite of LAVAE's appendix B: linear, convolution, interpolation, 3 residual blocks."""
+
+    def __init__(self, latent: int, channels: int, side: int, width: int):
+        super().__init__()
+        self.side, self.width, self.start = side, width, (side + 1) // 2
+        act = nn.LeakyReLU
+        cells = self.start**2
+        self.linear = nn.Sequential(
+            nn.Linear(latent, 8 * cells), act(), nn.BatchNorm1d(8 * cells)
+        )
+        self.convolution = ConvBlock(8, width - latent, norm="batch", activation=act)
+        self.blocks = nn.Sequential(
+            ResidualBlock(width, "batch", act),
+            ResidualBlock(width, "batch", act),
+            _PlainResidualBlock(width),
+        )
+        self.head = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(P, L) -> (P, C, S, S) in (0, 1)."""
+        small = self.convolution(self.linear(z).view(len(z), 8, self.start, self.start))
+        large = F.interpolate(
+            small, size=(self.side, self.side), mode="bilinear", align_corners=False
+        )
+        spread = z[:, :, None, None].expand(-1, -1, self.side, self.side)  # (P, L, S, S)
+        return self.head(self.blocks(torch.cat([large, spread], 1))).float().sigmoid()
+
+
+class _PlainResidualBlock(nn.Module):
+    """The last residual block, without normalisation and final activation (appendix B)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.leaky_relu(self.first(x)))

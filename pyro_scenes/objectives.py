@@ -1,0 +1,200 @@
+"""What a training minimises, and everything that is annealed: from outside, never in a model.
+
+An objective turns a batch into gradients by way of a Pyro ELBO. It owns what it needs besides the
+model (LAVAE's auxiliary VAE), says the learning rates of each step, and leaves the model at the
+end of each step as it would be evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pyro
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
+from pyro_scenes.models.lavae import LAVAE, Encoded
+
+
+@contextmanager
+def settings(module: object, **values) -> Iterator[None]:
+    """Set attributes for a while."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def falling(step: int, start: float, end: float, begin: int, finish: int) -> float:
+    """``start`` up to step ``begin``, ``end`` from ``finish`` on, by the same factor a step between."""
+    return start * (end / start) ** linear(step, begin, finish)
+
+
+def linear(step: int, begin: int, end: int) -> float:
+    """0 up to step ``begin``, 1 from step ``end`` on, straight between."""
+    if step >= end:
+        return 1.0
+    return max(0.0, (step - begin) / (end - begin))
+
+
+@dataclass(frozen=True)
+class LAVAESchedule:
+    """Annealing and warm-up of LAVAE's training; defaults are the fast preset's. In steps."""
+
+    learning_rate: float = 5e-3  # appearance network and sprite decoder
+    location_learning_rate: float = 1e-3
+    prior_learning_rate: float = 2e-2  # logits of p(n)
+    ramp: int = 100  # learning rates rise over so many steps
+    decay_from: float = 0.3  # part of the training after which they fall (cosine)
+    decay_to: float = 0.01  # the part of each that is left at the end
+    temperature: float = 1.0  # of the places' Gumbel-softmax gradient
+    temperature_end: float = 0.5
+    temperature_steps: int = 1000
+    floor: float = 0.03  # of the Bernoulli means; falls to the model's own
+    floor_begin: int = 800
+    floor_end: int = 3000
+    one_object: int = 150  # n is forced to 1 in all images up to this step,
+    one_object_end: int = 200  # ever less often until this one,
+    one_object_left: float = 0.0  # and this often from then on
+    warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
+    warmup_end: int = 400  # ever less until this one
+    warmup_weight: float = 0.5  # of the squared distance, summed over pixels
+    warmup_height: float = 4.0  # of the target's peaks, in units of h_loc
+    warmup_blur: float = 3.5  # standard deviation, pixels
+    auxiliary_learning_rate: float = 2e-3
+
+
+PAPER = LAVAESchedule(
+    learning_rate=1e-3,
+    location_learning_rate=5e-4,
+    prior_learning_rate=1e-3,
+    ramp=0,
+    decay_from=0.0,
+    temperature=0.5,
+    temperature_end=0.02,
+    temperature_steps=100_000,
+    floor=1e-5,
+    floor_begin=0,
+    floor_end=0,
+    one_object=30_000,
+    one_object_end=60_000,
+    one_object_left=0.1,
+    warmup_full=30_000,
+    warmup_end=60_000,
+    warmup_weight=1.0,
+    warmup_height=0.0,
+    warmup_blur=0.0,
+)
+
+
+class LAVAEObjective:
+    """The ELBO (eq. 6) with the warm-up of appendix B.
+
+    :param steps: length of the training, for the decay of the learning rates.
+    """
+
+    def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
+        self.schedule, self.steps = schedule, steps
+        self.elbo = Trace_ELBO()
+        self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
+        self.modules = nn.ModuleDict({"auxiliary": self.auxiliary})
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """For each group of the model's parameters, and of ``modules``."""
+        s = self.schedule
+        part = linear(step, int(s.decay_from * self.steps), self.steps)
+        factor = s.decay_to + (1 - s.decay_to) * 0.5 * (1 + math.cos(math.pi * part))
+        factor *= linear(step, -1, s.ramp) if s.ramp else 1.0
+        return {
+            "location": factor * s.location_learning_rate,
+            "prior": factor * s.prior_learning_rate,
+            "rest": factor * s.learning_rate,
+            "auxiliary": s.auxiliary_learning_rate,
+        }
+
+    def backward(self, model: LAVAE, x: Tensor, step: int) -> dict[str, float]:
+        """Gradients of the loss of one batch; returns figures to log, nats per image."""
+        s = self.schedule
+        weight = s.warmup_weight * (1 - linear(step, s.warmup_full, s.warmup_end))
+        target = None
+        if weight > 0:
+            with poutine.scale(scale=1 / len(x)):
+                self.elbo.loss_and_grads(self.auxiliary.model, self.auxiliary.guide, x)
+            target = self.location_target(self.auxiliary.kl_map(x), x.shape[-2:])
+        forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
+        extra = torch.zeros(())
+        inferred = 0.0
+
+        def guide(x: Tensor) -> None:
+            nonlocal extra, inferred
+            encoded = model.encode(x)
+            inferred = encoded.count.float().mean().item()
+            if target is not None:
+                # Per image, summed over pixels. In Pyro's terms a factor of the guide.
+                extra = weight * (encoded.heights - target).square().sum()
+                pyro.factor("warmup", extra, has_rsample=True)
+            alone = torch.rand(len(x), device=x.device) < forced
+            count = torch.where(alone, 1, encoded.count)
+            model.guide(x, Encoded(encoded.heights, count))
+
+        annealed = {
+            "temperature": falling(
+                step, s.temperature, s.temperature_end, 0, s.temperature_steps
+            )
+        }
+        floor = falling(step, s.floor, model.config.likelihood_floor, s.floor_begin, s.floor_end)
+        with (
+            settings(model, **annealed),
+            settings(model.likelihood, floor=floor),
+            poutine.scale(scale=1 / len(x)),
+        ):
+            loss = self.elbo.loss_and_grads(model.model, guide, x)
+        left = float(extra.detach()) / len(x)
+        return {"loss": loss - left, "warmup": left, "objects": inferred}
+
+    def location_target(self, kl: Tensor, size: tuple[int, int]) -> Tensor:
+        """From the KL map of the auxiliary VAE to heights that the location map should mimic.
+
+        The paper takes the map as it is (``warmup_height`` 0). It is coarse, with several maxima
+        an object, so the fast preset takes away its median, interpolates, blurs, divides by the
+        largest value nearby and sharpens, which leaves one peak an object.
+
+        :param kl: (B, h, w) nats. :return: (B, H, W).
+        """
+        s = self.schedule
+        if s.warmup_height == 0:
+            return F.interpolate(kl[:, None], size=size, mode="nearest")[:, 0]
+        kl = (kl - kl.flatten(1).median(1).values[:, None, None]).clamp(min=0)
+        fine = F.interpolate(kl[:, None], size=size, mode="bilinear", align_corners=False)
+        smooth = _blur(fine, s.warmup_blur)
+        nearby = F.max_pool2d(smooth, 21, stride=1, padding=10)
+        # Where nothing is nearby, noise must not be blown up to a peak.
+        least = 0.3 * smooth.flatten(1).amax(1).quantile(0.9)
+        return s.warmup_height * (smooth / nearby.clamp(min=least)).pow(3)[:, 0]
+
+
+def _blur(x: Tensor, deviation: float) -> Tensor:
+    """Gaussian blur of (B, 1, H, W), zero beyond the edges."""
+    reach = int(3 * deviation)
+    offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offsets / deviation) ** 2)
+    kernel = kernel / kernel.sum()
+    x = F.conv2d(x, kernel[None, None, :, None], padding=(reach, 0))
+    return F.conv2d(x, kernel[None, None, None, :], padding=(0, reach))
+
+
+# model name -> (objective class, schedule by preset)
+OBJECTIVES = {"lavae": (LAVAEObjective, {"fast": LAVAESchedule(), "paper": PAPER})}
+
+__all__ = ["OBJECTIVES", "LAVAEObjective", "LAVAESchedule", "replace"]

@@ -1,0 +1,150 @@
+"""Places on the pixel grid: sprites put on canvases, crops taken, windows and peaks.
+
+A place d of a canvas of H x W is row d // W and column d % W, 0 <= d < D = H * W. Windows and
+sprites have odd sides, so that they have a centre pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def place_sprites(sprites: Tensor, places: Tensor, image: Tensor, size: tuple) -> Tensor:
+    """Convolve each sprite with its place and add up the objects of each image (LAVAE, eq. 4).
+
+    :param sprites: (P, C, S, S), the objects of all images in one list.
+    :param places: (P, D), each one-hot or a relaxed one-hot vector.
+    :param image: (P,) long, the image that the object belongs to.
+    :param size: (B, H, W).
+    :return: (B, C, H, W); parts of a sprite beyond the canvas are cut.
+    """
+    return _Place.apply(sprites, places, image, size)
+
+
+class _Place(torch.autograd.Function):
+    """The convolution, without its cost where a place is one-hot: forward, the sprite is added in.
+
+    The gradient for a place is the correlation of the sprite with the canvas's gradient, at every
+    pixel, so that a relaxed draw learns of the places that it did not take.
+    """
+
+    @staticmethod
+    def forward(ctx, sprites, places, image, size):  # type: ignore[override]
+        batch, height, width = size
+        count, channels, side, _ = sprites.shape
+        hard = bool((places.detach().amax(-1) == 1).all())
+        ctx.size, ctx.hard = size, hard
+        ctx.save_for_backward(sprites, places, image)
+        if not hard:
+            maps = places.view(count, 1, height, width)
+            drawn = _crop(_convolve(maps, sprites), side // 2, height, width)
+            canvas = drawn.new_zeros(batch, channels, height, width)
+            return canvas.index_add_(0, image, drawn)
+        padded = height + side - 1, width + side - 1
+        canvas = sprites.new_zeros(batch * channels * padded[0] * padded[1])
+        index = _window_index(places.argmax(-1), image, channels, side, width, padded)
+        canvas.index_add_(0, index.flatten(), sprites.flatten())
+        return _crop(canvas.view(batch, channels, *padded), side // 2, height, width)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        sprites, places, image = ctx.saved_tensors
+        _, height, width = ctx.size
+        count, channels, side, _ = sprites.shape
+        half = side // 2
+        grad_sprites = grad_places = None
+        if ctx.needs_input_grad[0]:
+            if ctx.hard:
+                grad_sprites = crops(grad, places.argmax(-1), side, image)
+            else:
+                maps = places.view(count, 1, height, width)
+                around = F.pad(grad, (half,) * 4)[image]
+                grad_sprites = _correlate(around, maps)[..., :side, :side]
+        if ctx.needs_input_grad[1]:
+            around = F.pad(grad, (half,) * 4)
+            summed = _correlate(around, sprites, image)[..., :height, :width]
+            grad_places = summed.reshape(count, height * width)
+        return grad_sprites, grad_places, None, None
+
+
+def _convolve(a: Tensor, b: Tensor) -> Tensor:
+    """Full 2-d convolution of the last two dimensions, by FFT."""
+    size = [_fast(a.shape[i] + b.shape[i] - 1) for i in (-2, -1)]
+    return torch.fft.irfft2(torch.fft.rfft2(a, s=size) * torch.fft.rfft2(b, s=size), s=size)
+
+
+def _correlate(a: Tensor, b: Tensor, image: Tensor | None = None) -> Tensor:
+    """Valid correlation of a with b, first corner; with ``image``, of a[image], channels summed."""
+    size = [_fast(a.shape[i]) for i in (-2, -1)]
+    first, second = torch.fft.rfft2(a, s=size), torch.fft.rfft2(b, s=size).conj()
+    if image is None:
+        return torch.fft.irfft2(first * second, s=size)
+    return torch.fft.irfft2((first[image] * second).sum(1), s=size)
+
+
+def _fast(size: int) -> int:
+    """The next size whose only factors are 2, 3, 5 and 7: FFTs are quick there."""
+    while True:
+        rest = size
+        for factor in (2, 3, 5, 7):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return size
+        size += 1
+
+
+def _crop(canvas: Tensor, half: int, height: int, width: int) -> Tensor:
+    return canvas[..., half : half + height, half : half + width]
+
+
+def _window_index(
+    place: Tensor, image: Tensor, channels: int, side: int, width: int, padded: tuple
+) -> Tensor:
+    """Flat indices (P, C, S, S) of the windows whose top left corner is at the place."""
+    device = place.device
+    rows = (place // width)[:, None] + torch.arange(side, device=device)  # (P, S)
+    columns = (place % width)[:, None] + torch.arange(side, device=device)  # (P, S)
+    planes = image[:, None] * channels + torch.arange(channels, device=device)  # (P, C)
+    rows = planes[:, :, None] * padded[0] + rows[:, None]  # (P, C, S)
+    return rows[..., None] * padded[1] + columns[:, None, None]  # (P, C, S, S)
+
+
+def crops(x: Tensor, place: Tensor, side: int, image: Tensor) -> Tensor:
+    """The windows of x centred on places, 0 beyond the canvas.
+
+    :param x: (B, C, H, W). :param place: (P,) long. :param side: odd, pixels.
+    :param image: (P,) long, which of the B each place is in.
+    :return: (P, C, side, side).
+    """
+    channels, width = x.shape[1], x.shape[3]
+    around = F.pad(x, (side // 2,) * 4)
+    padded = around.shape[-2], around.shape[-1]
+    index = _window_index(place, image, channels, side, width, padded)
+    return around.flatten()[index]
+
+
+def windows(places: Tensor, side: int, width: int) -> Tensor:
+    """A square window round each one-hot place, as a mask over places.
+
+    :param places: (..., D) one-hot. :param side: odd, pixels. :return: (..., D) float of 0 and 1.
+    """
+    place = places.argmax(-1)
+    grid = torch.arange(places.shape[-1], device=places.device)
+    rows, columns = grid // width, grid % width
+    near_row = (rows - (place // width)[..., None]).abs() <= side // 2
+    near_column = (columns - (place % width)[..., None]).abs() <= side // 2
+    return (near_row & near_column).to(places.dtype)
+
+
+def count_peaks(heights: Tensor, threshold: float, side: int) -> Tensor:
+    """How many pixels are above a threshold and the largest of their window (LAVAE, appendix B).
+
+    :param heights: (B, H, W). :param side: odd, pixels. :return: (B,) long.
+    """
+    # A square's maximum is the maximum of its rows' maxima.
+    rows = F.max_pool2d(heights.unsqueeze(1), (1, side), stride=1, padding=(0, side // 2))
+    highest = F.max_pool2d(rows, (side, 1), stride=1, padding=(side // 2, 0)).squeeze(1)
+    return ((heights >= highest) & (heights > threshold)).sum((-2, -1))

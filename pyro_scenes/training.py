@@ -1,0 +1,289 @@
+"""The training loop: batches in, checkpoints out, interrupted and resumed without loss.
+
+On the CPU a resumed run ends with the same bits as one that was never interrupted: the state of
+the optimiser and of the random generators is kept, and the batch of each step follows from the
+seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_scenes import checkpoint
+from pyro_scenes.config import RunConfig, TrainConfig
+from pyro_scenes.data import SceneData, load, split_held_out
+from pyro_scenes.data.files import atomic_write
+from pyro_scenes.data.registry import DATASETS
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import look
+from pyro_scenes.models import GenerativeModel
+from pyro_scenes.objectives import OBJECTIVES
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
+History = dict[str, tuple[list[int], list[float]]]  # name of a series -> its steps and values
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    mnist: Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Train a model in the folder ``out``: checkpoint.pt, config.json and history.json.
+
+    :raises UserError: for bad settings or data, a run that is there already without ``resume`` or
+        ``force``, a resumed run with other settings, and a loss that is not finite.
+    :raises KeyboardInterrupt: after the last step was saved.
+    """
+    run = Run(config, device, mnist)
+    path = out / checkpoint.FILE
+    if resume and path.exists():
+        run.restore(path)
+    elif path.exists() and not force:
+        raise UserError(f"{out} holds a run already: use --resume, --force or another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}") from error
+    _write_json(out / "config.json", config.to_dict())
+    run.loop(out, progress)
+    return run.history
+
+
+class Run:
+    """A model in training, with all that a checkpoint of it holds."""
+
+    def __init__(self, config: RunConfig, device: str = "auto", mnist: Path | None = None):
+        self.config = config
+        settings = config.train
+        _check(settings)
+        self.device = checkpoint.resolve(device)
+        self.data, self.held_out = _data(config, mnist)
+        if settings.batch_size > len(self.data):
+            raise UserError(
+                f"batch_size {settings.batch_size} is more than the {len(self.data)} images there"
+                " are to train on"
+            )
+        height, width, channels = self.data.shape
+        torch.manual_seed(config.seed)
+        self.model = checkpoint.build(config, (channels, height, width)).to(self.device)
+        self.model.check(self.data.batch(slice(0, 1)))
+        objective, _ = OBJECTIVES[config.model]
+        self.objective = objective(config.schedule, self.model, settings.steps)
+        self.objective.modules.to(self.device)
+        groups: dict[str, list[nn.Parameter]] = self.model.groups() | {
+            name: list(module.parameters()) for name, module in self.objective.modules.items()
+        }
+        self.names = list(groups)
+        options: dict[str, Any] = {"betas": (0.9, settings.beta2)}
+        self.optimizer = OPTIMIZERS[settings.optimizer](
+            [{"params": parameters} for parameters in groups.values()], lr=1e-3, **options
+        )
+        self.bfloat16 = _bfloat16(settings.precision, self.device)
+        self.step = 0
+        self.seconds = 0.0
+        self.history: History = {}
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def loop(self, out: Path, progress: bool = True) -> None:
+        """Go on to the last step."""
+        settings = self.config.train
+        started = time.perf_counter() - self.seconds
+        figures: dict[str, float] = {}
+        with (
+            _signals() as stop,
+            pyro.validation_enabled(False),
+            tqdm(
+                total=settings.steps,
+                initial=self.step,
+                desc=self.config.model,
+                unit="step",
+                disable=not progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            while self.step < settings.steps and not stop.is_set():
+                logged = self.advance()
+                self.seconds = time.perf_counter() - started
+                bar.update()
+                last = self.step == settings.steps
+                if self.step % settings.log_every == 0 or last:
+                    self._record(logged)
+                    figures |= {"loss": logged["loss"]}
+                if self.step % settings.eval_every == 0 or last:
+                    figures |= self.look()
+                if self.step % settings.log_every == 0 or last:
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
+                if self.step % settings.checkpoint_every == 0 or last or stop.is_set():
+                    self.save(out)
+            if stop.is_set():
+                self.save(out)
+                raise KeyboardInterrupt
+
+    def advance(self) -> dict[str, float]:
+        """One step. :raises UserError: before anything is changed, if the loss is not finite."""
+        x = self.batch(self.step)
+        rates = self.objective.learning_rates(self.step)
+        for group, name in zip(self.optimizer.param_groups, self.names, strict=True):
+            group["lr"] = rates[name]
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.bfloat16 = self.bfloat16
+        figures = self.objective.backward(self.model, x, self.step)
+        self.model.bfloat16 = False
+        if not math.isfinite(figures["loss"]):
+            raise UserError(
+                f"the loss is not finite at step {self.step + 1}: the last good checkpoint is"
+                " kept; resume with a new run and a lower learning rate, or look at the data"
+            )
+        if self.config.train.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        self.optimizer.step()
+        self.step += 1
+        return figures
+
+    def batch(self, step: int) -> Tensor:
+        """The images of a step, (B, C, H, W): a new order each epoch, known from the seed."""
+        size = self.config.train.batch_size
+        epoch, position = divmod(step, len(self.data) // size)
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data))
+            self._order = epoch, order
+        index = self._order[1][position * size : (position + 1) * size]
+        return self.data.batch(index).to(self.device)
+
+    def look(self) -> dict[str, float]:
+        """Figures on held-out images; draws no random numbers of the training's."""
+        self.model.eval()
+        figures = look(self.model, self.held_out[: self.config.train.eval_images])
+        self._record(figures)
+        return figures
+
+    def _record(self, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            steps, values = self.history.setdefault(name, ([], []))
+            steps.append(self.step)
+            values.append(float(value))
+
+    def save(self, out: Path) -> None:
+        training = {
+            "optimizer": self.optimizer.state_dict(),
+            "modules": self.objective.modules.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)
+        _write_json(out / "history.json", self.history)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint. :raises UserError: if it is another run's."""
+        content = checkpoint.read(path)
+        kept = json.loads(content["config"])
+        now = json.loads(json.dumps(self.config.to_dict()))
+        changed = sorted(_flat(kept).items() ^ _flat(now).items())
+        if changed:
+            names = ", ".join(sorted({name for name, _ in changed}))
+            raise UserError(
+                f"{path.parent} was trained with other settings ({names}): resume with the same,"
+                " or start anew with --force or another --out"
+            )
+        training = content["training"]
+        if training is None:
+            raise UserError(f"{path} holds weights only and cannot be resumed")
+        self.model.load_state_dict(content["model"])
+        self.objective.modules.load_state_dict(training["modules"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        torch.set_rng_state(training["random"])
+        if self.device.type == "cuda" and training["random_cuda"]:
+            torch.cuda.set_rng_state_all(training["random_cuda"])
+        self.step, self.seconds = content["step"], training["seconds"]
+        self.history = {k: (list(s), list(v)) for k, (s, v) in training["history"].items()}
+
+
+def _data(config: RunConfig, mnist: Path | None) -> tuple[SceneData, SceneData]:
+    """Training and held-out images."""
+    if config.data in DATASETS:
+        held_out = load(config.data, images=config.train.eval_images, mnist=mnist)
+        return load(config.data, split="train", mnist=mnist), held_out
+    return split_held_out(load(config.data))
+
+
+def _check(settings: TrainConfig) -> None:
+    if settings.optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)}")
+    for name in ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} must be at least 1")
+
+
+def _bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether the inference networks run in bfloat16: where the processor gains from it."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UserError("precision must be auto, float32 or bfloat16")
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, str]:
+    """Nested settings as "part.name" -> JSON."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.dumps(value)
+    return flat
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is finished and saved first.
+
+    A second Ctrl-C does not wait.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_json(path: Path, content: object) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
