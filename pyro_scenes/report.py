@@ -1,0 +1,117 @@
+"""What the commands write and print: tables, JSON, and the figures at the end of a training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyro_scenes import checkpoint, pictures, plots
+from pyro_scenes.config import RunConfig
+from pyro_scenes.data import DATASETS, SceneData, load, load_images, load_npz, split_held_out
+from pyro_scenes.data.files import atomic_write
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import evaluate
+from pyro_scenes.models import GenerativeModel
+
+# Held-out images and particles after a training: enough to see that it worked, in a short time.
+IMAGES, PARTICLES = 1000, 10
+# More objects than any training scene has: the paper's test of generalisation.
+CROWDED = (7, 7)
+
+
+def claim(
+    files: Iterable[Path | None], figures: Iterable[Path | None], force: bool
+) -> None:
+    """Check outputs before any work is done for them, and make their folders.
+
+    Raises:
+        UserError: one exists and may not be overwritten, or is named twice, or is a figure of an
+            unknown format.
+    """
+    drawn = [path for path in figures if path]
+    paths = [path for path in files if path] + drawn
+    for path in paths:
+        if path.is_dir() or (path.exists() and not force):
+            raise UserError(f"{path} exists: give another name, or --force to overwrite a file")
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is named for two outputs: give each its own")
+        if path in drawn and path.suffix.lower() not in plots.FORMATS:
+            raise UserError(f"{path} is to be a figure: end its name in {', '.join(plots.FORMATS)}")
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_images(model: GenerativeModel, paths: Sequence[Path]) -> SceneData:
+    """Images for a model, from an npz file or from PNG files and folders of them.
+
+    Raises:
+        UserError: unreadable files, or images that the model does not take.
+    """
+    if len(paths) == 1 and paths[0].suffix == ".npz":
+        data = load_npz(paths[0])
+        model.check(data.batch(slice(0, 1)))
+        return data
+    channels, height, width = model.image_shape
+    return SceneData.from_images("images", load_images(paths, (height, width, channels)))
+
+
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    """Write JSON with one entry of the outermost dictionary or list a line."""
+    if isinstance(content, dict):
+        ends, lines = "{}", [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in content.items()]
+    else:
+        ends, lines = "[]", [json.dumps(entry) for entry in content]
+    text = f"{ends[0]}\n  " + ",\n  ".join(lines) + f"\n{ends[1]}\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """The figures of `evaluate`, a row a data set; a dash where one does not apply."""
+    rows = [("", "images", "count right", "-log p(x) <= (nats)", "categories right", "ARI")]
+    for name, row in figures.items():
+        nll = _number(row["nll"], "{:.2f}")
+        if row["nll_stderr"] is not None:
+            nll += f" +- {row['nll_stderr']:.2f}"
+        rows.append((
+            name, f"{row['images']:,}", _number(row["count_accuracy"], "{:.2%}"), nll,
+            _number(row["category_correspondence"], "{:.2%}"), _number(row["ari"], "{:.3f}"),
+        ))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
+
+def finish(config: RunConfig, out: Path, device: str, mnist: Path | None) -> str:
+    """Measure a trained run on held-out scenes and draw some into its folder.
+
+    Returns:
+        A table and the place of the picture, to print.
+    """
+    model = checkpoint.load(out, device).model
+    if config.data in DATASETS:
+        spec = DATASETS[config.data]
+        sets = {
+            f"{low}-{high} objects" if low < high else f"{low} objects":
+                load(config.data, images=IMAGES, objects=(low, high), mnist=mnist)
+            for low, high in (spec.objects, CROWDED)
+        }
+    else:
+        sets = {"held out": split_held_out(load(config.data))[1][:IMAGES]}
+    # No limit on objects: a run that was stopped early may see them everywhere.
+    figures = {
+        name: evaluate(model, data, particles=PARTICLES, limit=math.inf)
+        for name, data in sets.items()
+    }
+    images = next(iter(sets.values())).batch(slice(0, pictures.IMAGES))
+    plots.save(pictures.inference(model, images, math.inf), out / "inference.png")
+    return (f"{config.data}, held-out scenes, {PARTICLES} particles:\n{table(figures)}\n"
+            f"Picture: {out / 'inference.png'}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

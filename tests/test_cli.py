@@ -1,0 +1,417 @@
+"""Every command, through click's runner: what it writes, and one clear line for each bad input."""
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from pyro_scenes import __version__, cli, report, training
+from pyro_scenes.checkpoint import load
+from pyro_scenes.data import DATASETS, load_npz
+from pyro_scenes.errors import UserError
+from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
+from pyro_scenes.pictures import with_objects
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "svi-train": cli.train, "svi-eval": cli.evaluate, "svi-infer": cli.infer,
+    "svi-bench": cli.bench, "make-scenes": cli.make_scenes,
+}
+# A LAVAE that trains in no time, and learns nothing.
+TINY = {
+    "batch_size": "4", "eval_images": "2", "log_every": "1", "checkpoint_every": "1",
+    "latent": "3", "sprite": "5", "crop": "7", "location_width": "8", "location_blocks": "1",
+    "appearance_width": "8", "appearance_hidden": "8", "sprite_hidden": "8"
+}
+TRAIN = "svi-train --model lavae --data data.npz --steps 3 " + " ".join(
+    f"--set {name}={value}" for name, value in TINY.items())
+
+
+def run(line: str) -> Result:
+    """Run a command line, words separated by spaces."""
+    name, *words = line.split()
+    return CliRunner().invoke(COMMANDS[name], words, prog_name=name)
+
+
+def succeeded(line: str) -> Result:
+    result = run(line)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def scenes(images: int, size: int = 32, channels: int = 3) -> dict[str, np.ndarray]:
+    """White squares of 5 x 5 pixels on black, one or two an image, side by side."""
+    counts = 1 + np.arange(images) % 2
+    pixels = np.zeros((images, size, size, channels), np.uint8)
+    for image, count in zip(pixels, counts):
+        for left in (4, 16)[:count]:
+            image[10:15, left:left + 5] = 255
+    return {"images": pixels, "counts": counts}
+
+
+class Payload:
+    """Unpickling this makes a file called "ran"."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a trained run, and bad files of every kind."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        np.savez("data.npz", **scenes(24))
+        np.savez("bare.npz", images=scenes(24)["images"])
+        succeeded(f"{TRAIN} --out run")
+        # Every local maximum counts as an object: there is always one.
+        succeeded(f"{TRAIN} --out crowded --set count_threshold=0")
+
+        np.savez("grey.npz", **scenes(4, channels=1))
+        np.savez("two-channels.npz", **scenes(4, channels=2))
+        np.savez("odd.npz", **scenes(4, size=31))
+        np.savez("no-images.npz", counts=np.ones(4, np.int64))
+        np.savez("floats.npz", images=scenes(4)["images"] / np.float32(255))
+        np.savez("pickled.npz", images=np.array([Payload()], object))
+        Path("text.npz").write_text("not a zip archive")
+        whole = Path("data.npz").read_bytes()
+        Path("cut.npz").write_bytes(whole[:len(whole) // 2])
+
+        whole = Path("run/checkpoint.pt").read_bytes()
+        Path("cut").mkdir()
+        Path("cut/checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+        torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+        Path("pickled.pt").write_bytes(pickle.dumps(Payload()))
+        Path("text.pt").write_text("not a checkpoint")
+
+        Image.new("RGB", (32, 32)).save("fits.png")
+        Image.new("RGB", (40, 32)).save("wide.png")
+        Path("broken.png").write_bytes(Path("fits.png").read_bytes()[:40])
+        Path("empty").mkdir()
+        for kept in ("kept.json", "kept.png", "kept.npz", "inference.png"):
+            Path(kept).write_text("precious")
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `prepared`, as the working directory."""
+    copy = tmp_path / "work"
+    shutil.copytree(prepared, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+BAD = [
+    # command line, and what the message has to name
+    ("svi-train --model nope --data data.npz", "nope"),
+    ("svi-train --model lavae --data nope", "nope"),
+    ("svi-train --model lavae --data nope.npz", "nope.npz"),
+    ("svi-train --model lavae --data data.npz --preset nope", "nope"),
+    ("svi-train --model lavae --data data.npz --set nope=1", "nope"),
+    ("svi-train --model lavae --data data.npz --set batch_size", "batch_size"),
+    ("svi-train --model lavae --data data.npz --set batch_size=many", "batch_size"),
+    ("svi-train --model lavae --data data.npz --set batch_size=0", "batch_size"),
+    ("svi-train --model lavae --data data.npz --set batch_size=1000", "batch_size"),
+    ("svi-train --model lavae --data data.npz --set learning_rate=nan", "learning_rate"),
+    (f"{TRAIN} --set sprite=20", "sprite"),
+    ("svi-train --model lavae --data no-images.npz", "images"),
+    ("svi-train --model lavae --data floats.npz", "float32"),
+    ("svi-train --model lavae --data two-channels.npz", "2 channels"),
+    (f"{TRAIN} --data odd.npz --set batch_size=2", "multiples"),
+    ("svi-train --model lavae --data pickled.npz", "pickled"),
+    ("svi-train --model lavae --data cut.npz", "cut.npz"),
+    ("svi-train --model lavae --data text.npz", "text.npz"),
+    ("svi-train --model lavae --data multi-mnist-1k --mnist empty", "empty"),
+    (f"{TRAIN} --out run", "--resume"),
+    (f"{TRAIN} --out run --resume --seed 5", "seed"),
+    (f"{TRAIN} --out run --resume --set learning_rate=0.5", "learning_rate"),
+    (f"{TRAIN} --out run --resume --steps 9", "steps"),
+    (f"{TRAIN} --out cut --resume", "cut"),
+    (f"{TRAIN} --out kept.json", "kept.json"),
+    (f"{TRAIN} --out run --resume --force", "--force"),
+    ("svi-eval", "CHECKPOINT"),
+    ("svi-eval run", "--data"),
+    ("svi-eval nope --data data.npz", "nope"),
+    ("svi-eval empty --data data.npz", "empty"),
+    ("svi-eval cut --data data.npz", "cut"),
+    ("svi-eval foreign.pt --data data.npz", "foreign.pt"),
+    ("svi-eval pickled.pt --data data.npz", "pickled.pt"),
+    ("svi-eval text.pt --data data.npz", "text.pt"),
+    ("svi-eval run --data nope", "nope"),
+    ("svi-eval run --data grey.npz", "3 channels"),
+    ("svi-eval run --data odd.npz", "multiples"),
+    ("svi-eval run --data no-images.npz", "images"),
+    ("svi-eval run --data floats.npz", "float32"),
+    ("svi-eval run --data pickled.npz", "pickled"),
+    ("svi-eval run --data data.npz --objects 7", "data.npz"),
+    ("svi-eval run --data data.npz --objects 3-0", "3-0"),
+    ("svi-eval run --data data.npz --objects few", "few"),
+    ("svi-eval run --data data.npz --particles 0", "--particles"),
+    ("svi-eval run --data data.npz --json kept.json", "kept.json"),
+    ("svi-eval run --data data.npz --figures .", "inference.png"),
+    ("svi-eval run --data data.npz --json kept.json/x.json", "kept.json"),
+    ("svi-eval crowded --data data.npz --max-objects 0 --json new.json", "--max-objects"),
+    ("svi-infer nope data.npz --out new.json", "nope"),
+    ("svi-infer pickled.pt data.npz --out new.json", "pickled.pt"),
+    ("svi-infer run nope.npz --out new.json", "nope.npz"),
+    ("svi-infer run nope.png --out new.json", "nope.png"),
+    ("svi-infer run empty --out new.json", "empty"),
+    ("svi-infer run grey.npz --out new.json", "3 channels"),
+    ("svi-infer run odd.npz --out new.json", "multiples"),
+    ("svi-infer run wide.png --out new.json", "wide.png"),
+    ("svi-infer run fits.png broken.png --out new.json", "broken.png"),
+    ("svi-infer run data.npz --out kept.json", "kept.json"),
+    ("svi-infer run data.npz --figure kept.png", "kept.png"),
+    ("svi-infer run data.npz --traverse kept.png", "kept.png"),
+    ("svi-infer run data.npz --swap kept.png", "kept.png"),
+    ("svi-infer run data.npz --out new.json --figure new.json", "new.json"),
+    ("svi-infer run data.npz --out new.json --figure new.txt", "new.txt"),
+    ("svi-infer run data.npz", "--out"),
+    ("svi-infer run --out new.json", "IMAGES"),
+    ("svi-infer run data.npz --sample 3 --out new.npz", "--sample"),
+    ("svi-infer run --sample 3 --swap new.png", "--swap"),
+    ("svi-infer run --sample 3 --out kept.npz", "kept.npz"),
+    ("svi-infer run --sample 3 --out new.npz --prior size=uniform:5-6", "size"),
+    ("svi-infer run data.npz --out new.json --prior count=uniform:5-6", "--prior"),
+    ("svi-infer crowded data.npz --max-objects 0 --out new.json", "--max-objects"),
+    ("make-scenes nope", "nope"),
+    ("make-scenes multi-dsprites --out kept.npz", "kept.npz"),
+    ("make-scenes multi-dsprites --images 0", "--images"),
+    ("make-scenes multi-mnist-1k --mnist empty", "empty"),
+]
+
+
+@pytest.mark.parametrize("line, named", BAD, ids=[line.replace(TRAIN, "TRAIN") for line, _ in BAD])
+def test_bad_input_gives_one_line_and_leaves_everything(
+    line: str, named: str, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prepared)
+    before = files(prepared)
+    result = run(line)
+    assert result.exit_code == 2, result.output
+    # click puts its usage above what it says of options and arguments.
+    error = result.stderr.splitlines()[3 if result.stderr.startswith("Usage") else 0:]
+    assert len(error) == 1 and error[0].startswith("Error: ") and named in error[0], error
+    assert not result.stdout
+    assert files(prepared) == before
+
+
+def test_training_writes_a_run_and_shows_held_out_figures(folder: Path) -> None:
+    result = succeeded(TRAIN)
+    out = folder / "runs" / "lavae-data-seed0"
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoint.pt", "config.json", "history.json", "inference.png"}
+    assert json.loads((out / "config.json").read_text())["net"]["latent"] == 3
+    row = next(line for line in result.stdout.splitlines() if line.startswith("held out"))
+    # One image of 24 is held out; its count is known, categories and segmentation are not.
+    assert row.split()[2] == "1" and "%" in row and row.split()[-2:] == ["-", "-"]
+    with Image.open(out / "inference.png") as picture:
+        assert picture.width > 300
+
+
+def test_training_on_data_by_name_also_shows_crowded_scenes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(DATASETS["multi-dsprites"], sizes={"train": 8, "test": 4})
+    monkeypatch.setitem(DATASETS, "multi-dsprites", small)
+    monkeypatch.setattr(report, "IMAGES", 2)
+    result = succeeded(TRAIN.replace("data.npz", "multi-dsprites") + " --seed 2")
+    assert (folder / "runs" / "lavae-multi-dsprites-seed2" / "inference.png").exists()
+    rows = [line.split()[:3] for line in result.stdout.splitlines()]
+    assert ["0-3", "objects", "2"] in rows and ["7", "objects", "2"] in rows
+
+
+def test_force_replaces_a_run(folder: Path) -> None:
+    succeeded(f"{TRAIN} --out run --seed 4 --force")
+    assert load("run").config.seed == 4
+
+
+def test_ctrl_c_keeps_the_run_and_resume_ends_as_if_never_interrupted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = training.Run.advance
+
+    def interrupted(self: training.Run) -> dict[str, float]:
+        figures = advance(self)
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return figures
+
+    line = f"{TRAIN} --out other --set checkpoint_every=100"
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "advance", interrupted)
+        result = run(line)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        "Interrupted. The same command with --resume goes on with the run in other.")
+    assert load("other").step == 2
+    succeeded(f"{line} --resume")
+    whole, resumed = load("run").model.state_dict(), load("other").model.state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = training.Run.advance
+
+    def diverging(self: training.Run) -> dict[str, float]:
+        if self.step == 2:
+            next(self.model.parameters()).data.fill_(float("nan"))
+        return advance(self)
+
+    monkeypatch.setattr(training.Run, "advance", diverging)
+    result = run(f"{TRAIN} --out other")
+    assert result.exit_code == 2
+    # The progress bar comes first.
+    assert [line.startswith("Error: ") for line in result.stderr.splitlines()][-1]
+    assert "not finite at step 3" in result.stderr and "Traceback" not in result.output
+    kept = load("other")
+    assert kept.step == 2
+    assert all(value.isfinite().all() for value in kept.model.state_dict().values())
+
+
+def test_evaluation_writes_figures_and_pictures(folder: Path) -> None:
+    line = "svi-eval run --data data.npz --images 6 --particles 3 --seed 5 --max-objects 99"
+    result = succeeded(f"{line} --json out/figures.json")
+    figures = json.loads((folder / "out" / "figures.json").read_text())
+    assert figures["data"] == "data.npz" and figures["images"] == 6
+    assert figures["particles"] == 3 and figures["seed"] == 5
+    assert {"model", "nll", "nll_stderr", "count_accuracy", "count_confusion",
+            "category_correspondence", "ari", "seconds"} <= figures.keys()
+    assert f"{figures['nll']:.2f} +- {figures['nll_stderr']:.2f}" in result.stdout
+    assert figures["ari"] is None and figures["category_correspondence"] is None
+
+    succeeded(f"{line.replace('run', 'crowded')} --figures pictures")
+    for name in ("inference", "samples", "traversal", "swap"):
+        with Image.open(folder / "pictures" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+
+
+def test_evaluation_of_images_alone_leaves_the_rest_null(folder: Path) -> None:
+    succeeded("svi-eval run --data bare.npz --particles 2 --max-objects 99 --json new.json")
+    figures = json.loads(Path("new.json").read_text())
+    assert figures["nll"] > 0
+    assert figures["count_accuracy"] is None and figures["count_confusion"] is None
+
+
+def test_the_shipped_checkpoints_are_listed() -> None:
+    listed = succeeded("svi-eval --list").stdout.split()
+    shipped = {path.stem for path in (ROOT / "pyro_scenes" / "checkpoints").glob("*.pt")}
+    assert shipped <= set(listed)
+
+
+def test_force_overwrites_an_output(folder: Path) -> None:
+    line = "svi-eval run --data data.npz --particles 2 --max-objects 99 --json kept.json"
+    succeeded(f"{line} --force")
+    assert json.loads(Path("kept.json").read_text())["images"] == 24
+
+
+def test_objects_come_out_of_npz_and_png_alike(folder: Path) -> None:
+    Path("pngs").mkdir()
+    for i, image in enumerate(scenes(3)["images"]):
+        Image.fromarray(image).save(f"pngs/{i}.png")
+    np.savez("three.npz", **scenes(3))
+    succeeded("svi-infer crowded three.npz --max-objects 99 --out npz.json --figure new.png")
+    succeeded("svi-infer crowded pngs --max-objects 99 --out folder.json")
+    succeeded("svi-infer crowded pngs/0.png pngs/1.png pngs/2.png --max-objects 99 --out png.json")
+    found = json.loads(Path("npz.json").read_text())
+    assert found == json.loads(Path("png.json").read_text())
+    assert found == json.loads(Path("folder.json").read_text())
+    assert len(found) == 3
+    for one in found:
+        assert one["count"] == len(one["objects"]) > 0
+        for thing in one["objects"]:
+            assert 0 <= thing["x"] <= 32 and 0 <= thing["y"] <= 32 and len(thing["box"]) == 4
+            assert len(thing["what"]) == 3
+    with Image.open("new.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_samples_follow_the_seed_and_the_prior(folder: Path) -> None:
+    for name, options in {
+        "a": "--seed 1", "b": "--seed 1", "c": "--seed 2",
+        "none": "--prior count=uniform:0", "many": "--prior count=uniform:5-6",
+    }.items():
+        succeeded(f"svi-infer run --sample 5 --out {name}.npz --figure {name}.png {options}")
+    made = {name: load_npz(f"{name}.npz").images() for name in ("a", "b", "c", "none", "many")}
+    assert made["a"].shape == (5, 32, 32, 3)
+    assert np.array_equal(made["a"], made["b"]) and not np.array_equal(made["a"], made["c"])
+    assert not made["none"].any()
+    assert made["many"].any(axis=(1, 2, 3)).all()
+
+
+def test_pictures_of_one_model_without_objects_are_refused() -> None:
+    with pytest.raises(UserError, match="ConvVAE"):
+        with_objects(ConvVAE(ConvVAEConfig(grid_width=8), (1, 32, 32)))
+
+
+def test_made_scenes_follow_the_seed_and_the_number_of_objects(folder: Path) -> None:
+    line = "make-scenes multi-dsprites --images 12"
+    result = succeeded(f"{line} --objects 2-4 --seed 7 --out a.npz")
+    assert "a.npz" in result.stdout and "12 images" in result.stdout
+    succeeded(f"{line} --objects 2-4 --seed 7 --out b.npz")
+    succeeded(f"{line} --objects 2-4 --seed 8 --out c.npz")
+    succeeded(f"{line} --objects 7")
+    a, b, c = (load_npz(f"{name}.npz") for name in "abc")
+    assert np.array_equal(a.images(), b.images()) and not np.array_equal(a.images(), c.images())
+    assert a.counts is not None and set(a.counts) <= {2, 3, 4} and len(a) == 12
+    crowded = load_npz("multi-dsprites.npz")
+    assert crowded.counts is not None and set(crowded.counts) == {7}
+
+
+def test_an_interruption_elsewhere_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_scenes.data.make", interrupted)
+    result = run("make-scenes multi-dsprites --out new.npz")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_script_that_explains_itself(name: str) -> None:
+    script = [sys.executable, "-B", str(ROOT / "bin" / name)]
+    for option, said in (("--help", f"Usage: {name}"), ("--version", __version__)):
+        done = subprocess.run([*script, option], capture_output=True, text=True, check=True)
+        assert said in done.stdout and not done.stderr
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, pyro_scenes.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_script_finds_the_environment_beside_it(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "bin", tmp_path / "bin")
+    # -S: a Python without the packages that are needed.
+    script = [sys.executable, "-S", str(tmp_path / "bin" / "svi-train"), "--help"]
+    without = subprocess.run(script, capture_output=True, text=True)
+    assert (without.returncode, without.stdout, without.stderr.count("\n")) == (2, "", 1)
+    assert without.stderr.startswith("Error: ") and "make setup" in without.stderr
+
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "run by .venv: $@"\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".ready").touch()
+    within = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert within.stdout == f"run by .venv: {tmp_path / 'bin' / 'svi-train'} --help\n"
