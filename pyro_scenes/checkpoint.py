@@ -35,7 +35,7 @@ class Checkpoint:
 
 def build(config: RunConfig, image_shape: tuple[int, int, int]) -> GenerativeModel:
     """A new model. :param image_shape: (C, H, W). :raises UserError: if it does not suit."""
-    return MODELS[config.model][0](config.net, image_shape)  # type: ignore[call-arg]
+    return MODELS[config.model][0](config.net, image_shape)
 
 
 def save(

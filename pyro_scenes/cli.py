@@ -1,4 +1,4 @@
-"""The commands: svi-train, svi-eval, svi-infer, svi-bench and make-scenes.
+"""The commands: svi-train, svi-eval, svi-infer, svi-bench, svi-ship and make-scenes.
 
 torch and Pyro are imported inside the commands, so that --help answers at once.
 """
@@ -226,13 +226,42 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, figure: P
 
 
 @click.command("svi-bench", cls=Command)
+@click.option("--quick", is_flag=True, help="Fewer and smaller measurements.")
+@click.option("--json", "out", type=FILE, metavar="FILE", help="Write the measurements.")
 @device_option
+@force_option
 @version_option
-def bench(device: str) -> None:
+def bench(quick: bool, out: Path | None, device: str, force: bool) -> None:
     """Time training and evaluation on this machine."""
     from pyro_scenes import bench as benchmarks
+    from pyro_scenes import report
 
-    benchmarks.run(device)
+    report.claim([out], [], force)
+    result = benchmarks.run(device, quick)
+    click.echo(benchmarks.table(result))
+    if out:
+        report.write_json(out, result)
+
+
+@click.command("svi-ship", cls=Command)
+@click.argument("name")
+@click.argument("runs", nargs=-1, required=True, type=FILE)
+@click.option("--images", metavar="N", type=click.IntRange(min=1), default=10_000,
+              show_default=True, help="Test images of each kind.")
+@click.option("--particles", metavar="K", type=click.IntRange(min=1), default=100,
+              show_default=True)
+@click.option("--out", type=FILE, metavar="DIR", help="Default: inside the package.")
+@mnist_option
+@device_option
+@version_option
+def ship(name: str, runs: tuple[Path, ...], images: int, particles: int, out: Path | None,
+         mnist: Path | None, device: str) -> None:
+    """Measure RUNS, one command's seeds, and ship the first one's weights as NAME with a card."""
+    from pyro_scenes import cards
+
+    options = {"folder": out} if out else {}
+    click.echo(cards.ship(name, list(runs), images=images, particles=particles, mnist=mnist,
+                          device=device, **options))
 
 
 @click.command("make-scenes", cls=Command)

@@ -19,7 +19,7 @@ from pyro_scenes.objectives import OBJECTIVES
 class TrainConfig:
     """Settings of the training loop; defaults are the fast presets'."""
 
-    steps: int = 4000
+    steps: int = 3000
     batch_size: int = 64
     optimizer: str = "adam"  # adam or adamax
     beta2: float = 0.99  # decay of the optimiser's second moment
@@ -34,7 +34,12 @@ class TrainConfig:
 TRAINING = {
     "fast": TrainConfig(),
     "paper": TrainConfig(
-        steps=100_000, optimizer="adamax", beta2=0.999, clip=0.0, precision="float32", eval_every=1000
+        steps=100_000,
+        optimizer="adamax",
+        beta2=0.999,
+        clip=0.0,
+        precision="float32",
+        eval_every=1000,
     ),
 }
 
@@ -133,10 +138,8 @@ def _parse(name: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        if kind is int:
-            value = int(text)
-        elif kind is float:
-            value = float(text)
+        if kind in (int, float):
+            value = kind(text)
         elif typing.get_origin(kind) is tuple:
             return tuple(_parse(name, item, typing.get_args(kind)[0]) for item in text.split(","))
         else:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pyro.distributions import TorchDistribution
-from pyro.distributions import constraints
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 # Far below any logit a network gives, yet finite: 0 * USED is 0, where 0 * -inf would be NaN.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pyro_scenes import metrics
 from pyro_scenes.data import SceneData
-from pyro_scenes.models import GenerativeModel, SceneModel
+from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
 BATCH = 256  # images inferred at a time
@@ -105,6 +105,7 @@ def evaluate(
     nll is the mean of -log p(x) by the bound, in nats per image, and needs binary images where
     the likelihood is Bernoulli; accuracies are fractions; ari is the mean over images with objects.
 
+    :param particles: importance samples an image; 0 to leave the likelihood out.
     :param images: only the first so many. :param limit: most objects in an image.
     :raises UserError: if the images do not suit the model, or one shows too many objects.
     """
@@ -112,7 +113,7 @@ def evaluate(
     data = data if images is None else data[:images]
     model.check(data.batch(slice(0, 1)))
     result: dict = {
-        "model": type(model).__name__,
+        "model": next((name for name, (kind, _) in MODELS.items() if type(model) is kind), None),
         "data": data.name,
         "images": len(data),
         "particles": particles,
@@ -126,7 +127,7 @@ def evaluate(
     }
     if isinstance(model, SceneModel):
         result |= _scene_figures(model, data, limit)
-    if data.binary:
+    if data.binary and particles:
         with torch.random.fork_rng(), pyro.validation_enabled(False):
             torch.manual_seed(seed)
             nll = -likelihoods(model, data, particles, chunk, progress).double()

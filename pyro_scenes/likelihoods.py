@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 
 class BernoulliImage(nn.Module):
@@ -18,7 +20,36 @@ class BernoulliImage(nn.Module):
         super().__init__()
         self.floor = floor
 
-    def forward(self, mean: Tensor) -> dist.TorchDistribution:
+    def forward(self, mean: Tensor) -> TorchDistribution:
         """:param mean: (..., C, H, W). The event is the whole image."""
         mean = self.floor + (1.0 - 2.0 * self.floor) * mean.clamp(0.0, 1.0)
-        return dist.Bernoulli(mean, validate_args=False).to_event(3)
+        return BernoulliPixels(mean).to_event(3)
+
+
+class BernoulliPixels(TorchDistribution):
+    """Bernoulli given means inside (0, 1): two logarithms, where torch's goes by way of logits.
+
+    This is the widest tensor of a step. A grey value x in [0, 1] gets x log m + (1 - x) log(1 - m),
+    the usual training loss, which is no density.
+    """
+
+    arg_constraints = {"mean": constraints.unit_interval}
+    support = constraints.unit_interval
+    has_enumerate_support = False
+
+    def __init__(self, mean: Tensor):
+        self._mean = mean
+        super().__init__(mean.shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    def expand(self, batch_shape, _instance=None) -> BernoulliPixels:
+        return BernoulliPixels(self._mean.expand(batch_shape))
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:
+        return torch.bernoulli(self._mean.expand(self._extended_shape(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.lerp(torch.log1p(-self._mean), self._mean.log(), value)

@@ -42,10 +42,12 @@ class ResidualBlock(nn.Module):
 
 
 class LocationNet(nn.Module):
-    """Image -> non-negative heights of the location map, one a pixel; fast.
+    """Image -> heights of the location map in (0, 4), one a pixel; fast.
 
-    A stem at half resolution, a residual trunk at a quarter, and two pixel shuffles back. Softplus
-    pins the offset of the logits: a softmax does not see a constant, the counting threshold does.
+    A stem at half resolution, a residual trunk at a quarter, and two pixel shuffles back. The
+    sigmoid pins both ends of the logits, which the paper assumes to be 0 or a constant: a softmax
+    sees neither a common offset nor a height that no other place competes for, and the counting
+    threshold sees both. Unbounded, large objects rise until small ones fall below the threshold.
     The last layer is float32, because bfloat16 would make ties at the peaks.
     """
 
@@ -60,7 +62,7 @@ class LocationNet(nn.Module):
         self.up = nn.Conv2d(width, 4 * half, 1)
         self.join = ConvBlock(2 * half, half)
         self.head = nn.Conv2d(half, 4, 1)
-        nn.init.constant_(self.head.bias, -3.0)
+        nn.init.constant_(self.head.bias, -4.0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H, W)."""
@@ -69,7 +71,7 @@ class LocationNet(nn.Module):
         features = self.join(torch.cat([fine, F.pixel_shuffle(self.up(coarse), 2)], 1))
         with torch.autocast(x.device.type, enabled=False):
             raw = F.pixel_shuffle(self.head(features.float()), 2)
-        return F.softplus(raw).squeeze(1)
+        return 4.0 * raw.sigmoid().squeeze(1)
 
 
 class PaperTrunk(nn.Sequential):

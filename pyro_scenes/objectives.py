@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyro
 import torch
@@ -24,7 +24,7 @@ from pyro_scenes.models.lavae import LAVAE, Encoded
 
 
 @contextmanager
-def settings(module: object, **values) -> Iterator[None]:
+def temporarily(module: object, **values) -> Iterator[None]:
     """Set attributes for a while."""
     before = {name: getattr(module, name) for name in values}
     try:
@@ -37,7 +37,7 @@ def settings(module: object, **values) -> Iterator[None]:
 
 
 def falling(step: int, start: float, end: float, begin: int, finish: int) -> float:
-    """``start`` up to step ``begin``, ``end`` from ``finish`` on, by the same factor a step between."""
+    """``start`` up to step ``begin``, ``end`` from ``finish`` on, geometric between."""
     return start * (end / start) ** linear(step, begin, finish)
 
 
@@ -45,7 +45,7 @@ def linear(step: int, begin: int, end: int) -> float:
     """0 up to step ``begin``, 1 from step ``end`` on, straight between."""
     if step >= end:
         return 1.0
-    return max(0.0, (step - begin) / (end - begin))
+    return (step - begin) / (end - begin) if step > begin else 0.0
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,18 @@ class LAVAESchedule:
     temperature: float = 1.0  # of the places' Gumbel-softmax gradient
     temperature_end: float = 0.5
     temperature_steps: int = 1000
+    slope: float = 5.0  # limit of the places' gradient, nats a pixel for a mean from 0 to 1
     floor: float = 0.03  # of the Bernoulli means; falls to the model's own
-    floor_begin: int = 800
-    floor_end: int = 3000
+    floor_begin: int = 600
+    floor_end: int = 2400
     one_object: int = 150  # n is forced to 1 in all images up to this step,
     one_object_end: int = 200  # ever less often until this one,
     one_object_left: float = 0.0  # and this often from then on
+    probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
     warmup_weight: float = 0.5  # of the squared distance, summed over pixels
-    warmup_height: float = 4.0  # of the target's peaks, in units of h_loc
+    warmup_height: float = 3.5  # of the target's peaks, in units of h_loc
     warmup_blur: float = 3.5  # standard deviation, pixels
     auxiliary_learning_rate: float = 2e-3
 
@@ -90,6 +92,7 @@ PAPER = LAVAESchedule(
     one_object=30_000,
     one_object_end=60_000,
     one_object_left=0.1,
+    probe=0.0,
     warmup_full=30_000,
     warmup_end=60_000,
     warmup_weight=1.0,
@@ -131,36 +134,34 @@ class LAVAEObjective:
         if weight > 0:
             with poutine.scale(scale=1 / len(x)):
                 self.elbo.loss_and_grads(self.auxiliary.model, self.auxiliary.guide, x)
-            target = self.location_target(self.auxiliary.kl_map(x), x.shape[-2:])
+            target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
-        extra = torch.zeros(())
+        probed = s.probe * (1 - linear(step, 0, self.steps))
+        penalty = torch.zeros(())
         inferred = 0.0
 
         def guide(x: Tensor) -> None:
-            nonlocal extra, inferred
-            encoded = model.encode(x)
-            inferred = encoded.count.float().mean().item()
+            nonlocal penalty, inferred
+            extra = (torch.rand(len(x), device=x.device) < probed).long()
+            encoded = model.encode(x, extra)
+            inferred = encoded.count.detach().sub(extra).mean().item()
             if target is not None:
                 # Per image, summed over pixels. In Pyro's terms a factor of the guide.
-                extra = weight * (encoded.heights - target).square().sum()
-                pyro.factor("warmup", extra, has_rsample=True)
+                penalty = weight * (encoded.heights - target).square().sum()
+                pyro.factor("warmup", penalty, has_rsample=True)
             alone = torch.rand(len(x), device=x.device) < forced
             count = torch.where(alone, 1, encoded.count)
             model.guide(x, Encoded(encoded.heights, count))
 
-        annealed = {
-            "temperature": falling(
-                step, s.temperature, s.temperature_end, 0, s.temperature_steps
-            )
-        }
+        temperature = falling(step, s.temperature, s.temperature_end, 0, s.temperature_steps)
         floor = falling(step, s.floor, model.config.likelihood_floor, s.floor_begin, s.floor_end)
         with (
-            settings(model, **annealed),
-            settings(model.likelihood, floor=floor),
+            temporarily(model, temperature=temperature, slope=s.slope / len(x)),
+            temporarily(model.likelihood, floor=floor),
             poutine.scale(scale=1 / len(x)),
         ):
             loss = self.elbo.loss_and_grads(model.model, guide, x)
-        left = float(extra.detach()) / len(x)
+        left = float(penalty.detach()) / len(x)
         return {"loss": loss - left, "warmup": left, "objects": inferred}
 
     def location_target(self, kl: Tensor, size: tuple[int, int]) -> Tensor:
@@ -196,5 +197,3 @@ def _blur(x: Tensor, deviation: float) -> Tensor:
 
 # model name -> (objective class, schedule by preset)
 OBJECTIVES = {"lavae": (LAVAEObjective, {"fast": LAVAESchedule(), "paper": PAPER})}
-
-__all__ = ["OBJECTIVES", "LAVAEObjective", "LAVAESchedule", "replace"]

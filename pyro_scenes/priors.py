@@ -30,10 +30,11 @@ class UniformCount(nn.Module):
             raise UserError(f"a uniform count needs 0 <= low <= high, not {low}-{high}")
         masses = torch.zeros(high + 1)
         masses[low:] = 1.0
-        self.register_buffer("masses", masses)  # (high + 1,)
+        self.masses = nn.Buffer(masses)  # (high + 1,)
 
     def forward(self) -> dist.Categorical:
-        return dist.Categorical(probs=self.masses)
+        # Not probs=masses: torch raises those to 1e-7, and the mass elsewhere would not be 0.
+        return dist.Categorical(logits=self.masses.log())
 
 
 class UniformPlaces(nn.Module):
@@ -49,7 +50,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.register_buffer("zero", torch.zeros(size))  # (L,); a buffer follows the device
+        self.zero = nn.Buffer(torch.zeros(size))  # (L,); a buffer follows the device
 
     def forward(self) -> dist.TorchDistribution:
         return dist.Normal(self.zero, torch.ones_like(self.zero)).to_event(1)

@@ -6,7 +6,7 @@ Coordinates are pixels, x to the right and y down; the pixel in row r and column
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -64,12 +64,9 @@ class Scene:
 
     def to(self, device: torch.device | str) -> Scene:
         """The same scenes on another device."""
-        moved = {
-            f.name: value.to(device) if isinstance(value, Tensor) else value
-            for f in fields(self)
-            for value in [getattr(self, f.name)]
-        }
-        return Scene(**moved)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     @staticmethod
     def concatenate(scenes: list[Scene]) -> Scene:

@@ -11,16 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def place_sprites(sprites: Tensor, places: Tensor, image: Tensor, size: tuple) -> Tensor:
+def place_sprites(
+    sprites: Tensor, places: Tensor, image: Tensor, size: tuple, slope: float | None = None
+) -> Tensor:
     """Convolve each sprite with its place and add up the objects of each image (LAVAE, eq. 4).
 
     :param sprites: (P, C, S, S), the objects of all images in one list.
     :param places: (P, D), each one-hot or a relaxed one-hot vector.
     :param image: (P,) long, the image that the object belongs to.
     :param size: (B, H, W).
+    :param slope: limit of the canvas's gradient, each value, on its way to the places alone. The
+        gradient of a one-hot place is a linearisation: an ink pixel that no sprite covers has
+        slope 1 / mean, which for a mean near 0 is far more than covering it would ever gain.
     :return: (B, C, H, W); parts of a sprite beyond the canvas are cut.
     """
-    return _Place.apply(sprites, places, image, size)
+    return _Place.apply(sprites, places, image, size, slope)
 
 
 class _Place(torch.autograd.Function):
@@ -31,11 +36,11 @@ class _Place(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, sprites, places, image, size):  # type: ignore[override]
+    def forward(ctx, sprites, places, image, size, slope):
         batch, height, width = size
         count, channels, side, _ = sprites.shape
         hard = bool((places.detach().amax(-1) == 1).all())
-        ctx.size, ctx.hard = size, hard
+        ctx.size, ctx.slope, ctx.hard = size, slope, hard
         ctx.save_for_backward(sprites, places, image)
         if not hard:
             maps = places.view(count, 1, height, width)
@@ -49,7 +54,7 @@ class _Place(torch.autograd.Function):
         return _crop(canvas.view(batch, channels, *padded), side // 2, height, width)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         sprites, places, image = ctx.saved_tensors
         _, height, width = ctx.size
         count, channels, side, _ = sprites.shape
@@ -63,10 +68,11 @@ class _Place(torch.autograd.Function):
                 around = F.pad(grad, (half,) * 4)[image]
                 grad_sprites = _correlate(around, maps)[..., :side, :side]
         if ctx.needs_input_grad[1]:
-            around = F.pad(grad, (half,) * 4)
+            limited = grad if ctx.slope is None else grad.clamp(-ctx.slope, ctx.slope)
+            around = F.pad(limited, (half,) * 4)
             summed = _correlate(around, sprites, image)[..., :height, :width]
             grad_places = summed.reshape(count, height * width)
-        return grad_sprites, grad_places, None, None
+        return grad_sprites, grad_places, None, None, None
 
 
 def _convolve(a: Tensor, b: Tensor) -> Tensor:
@@ -139,12 +145,26 @@ def windows(places: Tensor, side: int, width: int) -> Tensor:
     return (near_row & near_column).to(places.dtype)
 
 
-def count_peaks(heights: Tensor, threshold: float, side: int) -> Tensor:
-    """How many pixels are above a threshold and the largest of their window (LAVAE, appendix B).
+def find_peaks(heights: Tensor, threshold: float, side: int) -> Tensor:
+    """Pixels above a threshold that are the largest of their window (LAVAE, appendix B).
 
-    :param heights: (B, H, W). :param side: odd, pixels. :return: (B,) long.
+    :param heights: (B, H, W). :param side: odd, pixels. :return: (B, H, W) bool.
     """
     # A square's maximum is the maximum of its rows' maxima.
     rows = F.max_pool2d(heights.unsqueeze(1), (1, side), stride=1, padding=(0, side // 2))
     highest = F.max_pool2d(rows, (side, 1), stride=1, padding=(side // 2, 0)).squeeze(1)
-    return ((heights >= highest) & (heights > threshold)).sum((-2, -1))
+    return (heights >= highest) & (heights > threshold)
+
+
+def ink_boxes(ink: Tensor) -> Tensor:
+    """The tight box of each mask, which has at least one pixel.
+
+    :param ink: (..., H, W) bool. :return: (..., 4) float: centre x, y, width, height, in pixels.
+    """
+    ends = []
+    for axis in (-2, -1):  # columns, then rows
+        line = ink.any(axis).float()
+        low, high = line.argmax(-1), line.shape[-1] - line.flip(-1).argmax(-1)
+        ends.append(((low + high) / 2, (high - low).float()))
+    (x, w), (y, h) = ends
+    return torch.stack([x, y, w, h], -1)

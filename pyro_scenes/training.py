@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,11 @@ from tqdm import tqdm
 
 from pyro_scenes import checkpoint
 from pyro_scenes.config import RunConfig, TrainConfig
-from pyro_scenes.data import SceneData, load, split_held_out
+from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
 from pyro_scenes.data.files import atomic_write
-from pyro_scenes.data.registry import DATASETS
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import look
-from pyro_scenes.models import GenerativeModel
-from pyro_scenes.objectives import OBJECTIVES
+from pyro_scenes.objectives import OBJECTIVES, temporarily
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
 History = dict[str, tuple[list[int], list[float]]]  # name of a series -> its steps and values
@@ -53,12 +52,15 @@ def train(
         ``force``, a resumed run with other settings, and a loss that is not finite.
     :raises KeyboardInterrupt: after the last step was saved.
     """
-    run = Run(config, device, mnist)
     path = out / checkpoint.FILE
-    if resume and path.exists():
-        run.restore(path)
+    going_on = resume and path.exists()
+    if going_on:
+        _same_settings(path, config)
     elif path.exists() and not force:
         raise UserError(f"{out} holds a run already: use --resume, --force or another --out")
+    run = Run(config, device, mnist)
+    if going_on:
+        run.restore(path)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -146,9 +148,9 @@ class Run:
             group["lr"] = rates[name]
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.bfloat16 = self.bfloat16
-        figures = self.objective.backward(self.model, x, self.step)
-        self.model.bfloat16 = False
+        with temporarily(self.model, autocast=self.bfloat16), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # said below
+            figures = self.objective.backward(self.model, x, self.step)
         if not math.isfinite(figures["loss"]):
             raise UserError(
                 f"the loss is not finite at step {self.step + 1}: the last good checkpoint is"
@@ -197,16 +199,8 @@ class Run:
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. :raises UserError: if it is another run's."""
+        _same_settings(path, self.config)
         content = checkpoint.read(path)
-        kept = json.loads(content["config"])
-        now = json.loads(json.dumps(self.config.to_dict()))
-        changed = sorted(_flat(kept).items() ^ _flat(now).items())
-        if changed:
-            names = ", ".join(sorted({name for name, _ in changed}))
-            raise UserError(
-                f"{path.parent} was trained with other settings ({names}): resume with the same,"
-                " or start anew with --force or another --out"
-            )
         training = content["training"]
         if training is None:
             raise UserError(f"{path} holds weights only and cannot be resumed")
@@ -220,10 +214,24 @@ class Run:
         self.history = {k: (list(s), list(v)) for k, (s, v) in training["history"].items()}
 
 
+def _same_settings(path: Path, config: RunConfig) -> None:
+    kept = _flat(json.loads(checkpoint.read(path)["config"]))
+    now = _flat(json.loads(json.dumps(config.to_dict())))
+    changed = sorted({name for name, _ in kept.items() ^ now.items()})
+    if changed:
+        raise UserError(
+            f"{path.parent} was trained with other settings ({', '.join(changed)}): resume with"
+            " the same, or start anew with --force or another --out"
+        )
+
+
 def _data(config: RunConfig, mnist: Path | None) -> tuple[SceneData, SceneData]:
     """Training and held-out images."""
     if config.data in DATASETS:
-        held_out = load(config.data, images=config.train.eval_images, mnist=mnist)
+        # Not of the test set: looks during a training may guide whoever watches it.
+        held_out = make(
+            config.data, config.train.eval_images, seed=1, mnist=mnist, segmentation=False
+        )
         return load(config.data, split="train", mnist=mnist), held_out
     return split_held_out(load(config.data))
 
@@ -268,20 +276,20 @@ def _signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: object) -> None:
         stop.set()
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        for known, previous in before.items():
+            signal.signal(known, previous)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
+    for known in (signal.SIGINT, signal.SIGTERM):
+        before[known] = signal.signal(known, handle)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for known, previous in before.items():
+            signal.signal(known, previous)
 
 
 def _write_json(path: Path, content: object) -> None:

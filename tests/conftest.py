@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# The models here are tiny: more threads would spend their time waiting for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pyro_scenes import __version__, cli, report, training
+from pyro_scenes import __version__, bench, cli, report, training
 from pyro_scenes.checkpoint import load
 from pyro_scenes.data import DATASETS, load_npz
 from pyro_scenes.errors import UserError
@@ -190,6 +190,7 @@ BAD = [
     ("svi-infer run --sample 3 --out new.npz --prior size=uniform:5-6", "size"),
     ("svi-infer run data.npz --out new.json --prior count=uniform:5-6", "--prior"),
     ("svi-infer crowded data.npz --max-objects 0 --out new.json", "--max-objects"),
+    ("svi-bench --quick --json kept.json", "kept.json"),
     ("make-scenes nope", "nope"),
     ("make-scenes multi-dsprites --out kept.npz", "kept.npz"),
     ("make-scenes multi-dsprites --images 0", "--images"),
@@ -360,6 +361,17 @@ def test_samples_follow_the_seed_and_the_prior(folder: Path) -> None:
 def test_pictures_of_one_model_without_objects_are_refused() -> None:
     with pytest.raises(UserError, match="ConvVAE"):
         with_objects(ConvVAE(ConvVAEConfig(grid_width=8), (1, 32, 32)))
+
+
+def test_the_benchmark_prints_and_writes_its_ratios(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = bench.Size(1, 1, batch=2, paper_batch=1, generated=8, particles=2, evaluated=1)
+    monkeypatch.setattr(bench, "QUICK", tiny)
+    result = succeeded("svi-bench --quick --device cpu --json new.json")
+    measured = json.loads(Path("new.json").read_text())["ratios"]
+    assert measured and all(name in result.stdout for name in measured)
+    assert all(row["median"] > 0 for row in measured.values())
 
 
 def test_made_scenes_follow_the_seed_and_the_number_of_objects(folder: Path) -> None:

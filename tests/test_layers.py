@@ -11,11 +11,12 @@ LAYERS = {
     "errors": 0, "scene": 0, "spatial": 0, "distributions": 0,
     "nets": 1, "priors": 1, "likelihoods": 1, "metrics": 1, "plots": 1, "data": 1,
     "models": 2,
-    "objectives": 3, "evaluate": 3, "pictures": 3,
+    "objectives": 3, "evaluate": 3, "pictures": 3, "plain": 3,
     "config": 4,
     "checkpoint": 5,
-    "training": 6, "report": 6,
-    "cli": 7,
+    "training": 6, "report": 6, "cards": 6,
+    "bench": 7,
+    "cli": 8,
 }
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
 

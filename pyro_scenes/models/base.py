@@ -116,4 +116,3 @@ class SceneModel(GenerativeModel):
             return torch.zeros(len(parts), *parts.shape[2:], dtype=torch.long)
         strongest, slot = parts.max(1)
         return torch.where(strongest > threshold, slot + 1, 0)
-

@@ -19,7 +19,7 @@ n         (B,)           number of objects, 0..M
 z_loc_i   (B, D)         one-hot place of the centre of object i
 z_app_i   (B, L)         appearance of object i
 h_loc     (B, H, W)      heights of the location map; the logits are gamma * h_loc
-gamma     scalar         log(D) / 2 (appendix B, "Rescaling location logits")
+gamma     scalar         in proportion to log(D) (appendix B, "Rescaling location logits")
 lambda    (B, C, H, W)   mean of the image
 ========  =============  =======================================================================
 
@@ -27,11 +27,17 @@ Any site may have a particle dimension to the left of B.
 
 Where the fast preset leaves the paper, and why:
 
-- h_loc is a softplus, so that the background's height is pinned near 0 and the threshold of
-  f_count means something once the warm-up is over: a softmax does not see a constant.
+- h_loc lies in (0, 4): both ends of the logits are pinned, as the paper assumes, so that the
+  threshold of f_count means something once the warm-up is over. With gamma = log D, one peak of
+  height 1 weighs as much as the whole background at 0. The threshold lies a little lower: nothing
+  but being counted and drawn lifts an object's peak.
 - After a draw the guide also shuts a window round the place, not that place alone: while peaks
   are wide the second draw would land on the first object again. Any guide is legitimate; the
   prior still draws uniformly without replacement, and the bound stays a bound.
+- f_count has a gradient, straight-through: what the last object drawn adds to the bound (its
+  log likelihood by difference, not by slope) lifts or lowers the lowest peak that was counted.
+  Otherwise nothing in the bound would mind a second peak on an object, nor lift an object that
+  fell below the threshold. A training probes images with one object more than was counted.
 - Peaks are the largest of a window wider than 3 x 3: it counts better while they are wide.
 - z_loc is one-hot in training too (straight-through): soft places smear sprites over objects.
 - q(z_app | z_loc, x) reads a crop round the place, instead of a map over the whole image that is
@@ -42,6 +48,8 @@ Where the fast preset leaves the paper, and why:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pyro
@@ -58,7 +66,7 @@ from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import SceneModel
 from pyro_scenes.priors import LearnedCount, StandardNormal, UniformPlaces
 from pyro_scenes.scene import Scene
-from pyro_scenes.spatial import count_peaks, crops, place_sprites, windows
+from pyro_scenes.spatial import find_peaks, ink_boxes, place_sprites, windows
 
 # A place within the window of an earlier one is shut to the guide, yet preferred to the place
 # itself: on a canvas smaller than the window there would be nowhere else to go.
@@ -80,7 +88,10 @@ class LAVAEConfig:
     appearance_hidden: int = 192  # its hidden units (fast)
     sprite_width: int = 48  # channels of the sprite decoder (paper)
     sprite_hidden: tuple[int, ...] = (256, 320)  # hidden units of the sprite decoder (fast)
-    count_threshold: float = 2.0  # f_count: heights above it count, in units of h_loc
+    logit_scale: float = 1.0  # gamma / log D; 0.5 in the paper
+    count_threshold: float = 0.5  # f_count: heights above it count, in units of h_loc
+    count_softness: float = 0.3  # of the threshold in the gradient of f_count
+    count_gain: float = 100.0  # limit of the log likelihood's part in that gradient, nats
     count_window: int = 9  # side of the window that a peak is the largest of, pixels, odd
     blocked_window: int = 13  # side of the window shut after a draw, pixels, odd; 1 as the paper
     straight_through: bool = True  # hard places in training
@@ -90,6 +101,7 @@ class LAVAEConfig:
 PAPER = LAVAEConfig(
     networks="paper",
     appearance_width=48,
+    logit_scale=0.5,
     count_threshold=4.0,
     count_window=3,
     blocked_window=1,
@@ -98,12 +110,33 @@ PAPER = LAVAEConfig(
 PRESETS = {"fast": LAVAEConfig(), "paper": PAPER}
 
 
+def _fast(config: LAVAEConfig, channels: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    c = config
+    return (
+        nets.SpriteMLP(c.latent, channels, c.sprite, c.sprite_hidden),
+        nets.LocationNet(channels, c.location_width, c.location_blocks),
+        nets.CropEncoder(channels, c.crop, c.latent, c.appearance_width, c.appearance_hidden),
+    )
+
+
+def _paper(config: LAVAEConfig, channels: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    c = config
+    return (
+        nets.PaperSprite(c.latent, channels, c.sprite, c.sprite_width),
+        nets.PaperLocationNet(channels, c.location_width),
+        nets.PaperAppearanceNet(channels, c.appearance_width, c.latent),
+    )
+
+
+NETWORKS = {"fast": _fast, "paper": _paper}
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What the guide knows of a batch before it draws."""
 
     heights: Tensor  # (B, H, W), h_loc
-    count: Tensor  # (B,) long, f_count(h_loc)
+    count: Tensor  # (B,) f_count(h_loc): long, or float with a gradient in training
 
 
 class LAVAE(SceneModel):
@@ -118,37 +151,21 @@ class LAVAE(SceneModel):
         channels = image_shape[0]
         self.config, self.image_shape = config, image_shape
         self.temperature: float | None = None  # of the places' gradient; a training sets it
-        self.bfloat16 = False  # arithmetic of the inference networks; a training may set it
+        self.slope: float | None = None  # limits that gradient, see place_sprites; likewise
+        self.autocast = False  # inference networks in bfloat16; a training may set it
         for name in ("sprite", "crop", "count_window", "blocked_window"):
             if getattr(config, name) % 2 == 0:
                 raise UserError(f"{name} must be odd, so that it has a centre pixel")
-        # generative model: p(n), p(z_loc), p(z_app), f_sprite, p(x | lambda)
+        # generative model: p(n), p(z_loc), p(z_app), p(x | lambda)
         self.count_prior: nn.Module = LearnedCount(config.max_objects)
         self.location_prior: nn.Module = UniformPlaces()
         self.appearance_prior: nn.Module = StandardNormal(config.latent)
         self.likelihood = BernoulliImage(config.likelihood_floor)
-        # inference networks: h_loc, and the parameters of q(z_app | z_loc, x)
-        if config.networks == "fast":
-            self.sprite_net: nn.Module = nets.SpriteMLP(
-                config.latent, channels, config.sprite, config.sprite_hidden
-            )
-            self.location_net: nn.Module = nets.LocationNet(
-                channels, config.location_width, config.location_blocks
-            )
-            self.appearance_net: nn.Module = nets.CropEncoder(
-                channels, config.crop, config.latent, config.appearance_width,
-                config.appearance_hidden,
-            )  # fmt: skip
-        elif config.networks == "paper":
-            self.sprite_net = nets.PaperSprite(
-                config.latent, channels, config.sprite, config.sprite_width
-            )
-            self.location_net = nets.PaperLocationNet(channels, config.location_width)
-            self.appearance_net = nets.PaperAppearanceNet(
-                channels, config.appearance_width, config.latent
-            )
-        else:
-            raise UserError(f"networks must be 'fast' or 'paper', not {config.networks!r}")
+        # f_sprite; then inference networks: h_loc, and the parameters of q(z_app | z_loc, x)
+        if config.networks not in NETWORKS:
+            raise UserError(f"networks must be one of {', '.join(NETWORKS)}")
+        build = NETWORKS[config.networks]
+        self.sprite_net, self.location_net, self.appearance_net = build(config, channels)
         self.check(torch.zeros(1, *image_shape))
 
     # --- the generative model ---------------------------------------------------------------
@@ -163,37 +180,70 @@ class LAVAE(SceneModel):
             places, appearances = [], []
             steps = int(n.max()) if n.numel() else 0
             for i in pyro.markov(range(steps), history=max(steps, 1)):
-                with poutine.mask(mask=i < n):
+                with _if_present(i, n):
                     z_loc = pyro.sample(f"z_loc_{i}", self.location_prior(used))  # (B, D)
                     z_app = pyro.sample(f"z_app_{i}", self.appearance_prior())  # (B, L)
-                used = used + z_loc.detach()
+                # The place that it took, of a relaxed one too: USED times its tails would swamp all.
+                used = used + one_hot(z_loc.detach().argmax(-1), used.shape[-1], used.dtype)
                 places.append(z_loc)
                 appearances.append(z_app)
-            mean = self._paint(n, places, appearances, (x.shape[1], *size))
+            mean, last = self._paint(n, places, appearances, (x.shape[1], *size))
             pyro.sample("x", self.likelihood(mean), obs=x)
+            if n.requires_grad:
+                # Nothing but a slope for n: the log likelihood with the last object less without.
+                with torch.no_grad():
+                    gain = self.likelihood(mean).log_prob(x) - self.likelihood(last).log_prob(x)
+                limit = self.config.count_gain
+                pyro.factor("slope of n", (n - n.detach()) * gain.clamp(-limit, limit))
 
-    def _paint(self, n: Tensor, places: list, appearances: list, shape: tuple) -> Tensor:
-        """lambda of eq. 4, (..., C, H, W); sprites are decoded for objects that are there."""
+    def _paint(
+        self, n: Tensor, places: list, appearances: list, shape: tuple
+    ) -> tuple[Tensor, Tensor]:
+        """lambda of eq. 4, (..., C, H, W), and the same without the last object of each image.
+
+        Sprites are decoded for objects that are there; the second is made only if n has a slope.
+        """
         if not places:
-            return torch.zeros(*n.shape, *shape, device=n.device)
-        present, row = _present(n, len(places))
+            nothing = torch.zeros(*n.shape, *shape, device=n.device)
+            return nothing, nothing
+        present, row, slot = _present(n, len(places))
         z_loc = torch.stack([z.expand(*n.shape, -1) for z in places], -2)  # (..., M, D)
         z_app = torch.stack([z.expand(*n.shape, -1) for z in appearances], -2)  # (..., M, L)
         sprites = self.sprite_net(z_app[present])  # (P, C, S, S)
-        canvas = place_sprites(sprites, z_loc[present], row, (n.numel(), *shape[1:]))
-        return canvas.view(*n.shape, *shape)
+        size = (n.numel(), *shape[1:])
+        z_loc = z_loc[present]
+        canvas = place_sprites(sprites, z_loc, row, size, self.slope)
+        mean = without = canvas.view(*n.shape, *shape)
+        if n.requires_grad:
+            with torch.no_grad():
+                last = slot == n.flatten()[row] - 1
+                alone = place_sprites(sprites[last], z_loc[last], row[last], size)
+                without = mean - alone.view(*n.shape, *shape)
+        return mean, without
 
     # --- the guide --------------------------------------------------------------------------
 
-    def encode(self, x: Tensor) -> Encoded:
-        """h_loc and f_count(h_loc) (eq. 7), once for all particles."""
+    def encode(self, x: Tensor, extra: Tensor | None = None) -> Encoded:
+        """h_loc and f_count(h_loc) (eq. 7), once for all particles.
+
+        :param extra: (B,) long, objects to draw beyond those counted, for a training to probe.
+        """
         self.check(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            heights = self.location_net(x).float()  # (B, H, W)
-        count = count_peaks(
-            heights.detach(), self.config.count_threshold, self.config.count_window
-        )
-        return Encoded(heights, count)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            heights = self.location_net(x)  # (B, H, W)
+        config = self.config
+        peaks = find_peaks(heights.detach(), 0.0, config.count_window)
+        count = (peaks & (heights > config.count_threshold)).sum((-2, -1))  # (B,)
+        if self.temperature is None:
+            return Encoded(heights, count)
+        count = count if extra is None else count + extra
+        # Straight-through: the slope of f_count lies in the lowest peak that is drawn.
+        candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
+        highest = candidates.topk(min(config.max_objects, candidates.shape[1])).values
+        lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None]).squeeze(1)
+        soft = ((lowest - config.count_threshold) / config.count_softness).sigmoid()
+        soft = torch.where(count > 0, soft, 0.0)
+        return Encoded(heights, count + (soft - soft.detach()))
 
     @pyro_method
     def guide(self, x: Tensor, encoded: Encoded | None = None) -> None:
@@ -207,18 +257,18 @@ class LAVAE(SceneModel):
             places: list[Tensor] = []
             steps = int(n.max()) if n.numel() else 0
             for i in pyro.markov(range(steps), history=max(steps, 1)):
-                with poutine.mask(mask=i < n):
+                with _if_present(i, n):
                     site = OneHotPlace(logits, self.temperature, self.config.straight_through)
                     z_loc = pyro.sample(f"z_loc_{i}", site)  # (B, D)
                 logits = self._shut(logits, z_loc, x.shape[-1])
                 places.append(z_loc)
             for i, (mean, scale) in enumerate(self._appearance(x, n, places)):
-                with poutine.mask(mask=i < n):
+                with _if_present(i, n):
                     pyro.sample(f"z_app_{i}", dist.Normal(mean, scale).to_event(1))  # (B, L)
 
     def _logits(self, encoded: Encoded) -> Tensor:
         heights = encoded.heights.flatten(1)
-        return 0.5 * math.log(heights.shape[-1]) * heights
+        return self.config.logit_scale * math.log(heights.shape[-1]) * heights
 
     def _shut(self, logits: Tensor, z_loc: Tensor, width: int) -> Tensor:
         """Shut a drawn place (eq. 11) and its window to further draws."""
@@ -233,9 +283,9 @@ class LAVAE(SceneModel):
         """
         if not places:
             return []
-        present, row = _present(n, len(places))
+        present, row, _ = _present(n, len(places))
         z_loc = torch.stack([z.expand(*n.shape, -1) for z in places], -2)  # (..., M, D)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             mean, log_variance = self.appearance_net(
                 x, z_loc[present], row % len(x)
             )  # (P, L) each
@@ -271,7 +321,8 @@ class LAVAE(SceneModel):
         where = where.masked_fill(~present[..., None], float("nan"))
         means = [mean for mean, _ in self._appearance(x, n, places)]
         what = torch.stack(means, 1) if means else x.new_zeros(len(x), 0, self.config.latent)
-        scene = Scene(present, where, where.new_zeros(len(x), slots, 4), what=what, size=x.shape[-2:])
+        size = x.shape[-2], x.shape[-1]
+        scene = Scene(present, where, where.new_zeros(len(x), slots, 4), what=what, size=size)
         return replace(scene, boxes=self._boxes(scene))
 
     def sprites(self, scene: Scene) -> Tensor:
@@ -286,14 +337,9 @@ class LAVAE(SceneModel):
         """The box of each sprite's pixels above one half, pixels (B, M, 4); NaN where absent."""
         ink = self.sprites(scene).amax(2) > 0.5  # (B, M, S, S)
         ink = ink | ~ink.flatten(2).any(-1)[..., None, None]  # a faint sprite gets its window
-        side = ink.shape[-1]
-        edges = []
-        for axis in (-2, -1):  # columns, then rows
-            line = ink.any(axis).float()
-            low, high = line.argmax(-1), side - line.flip(-1).argmax(-1)
-            edges.append(((low + high) / 2 - side / 2, (high - low).float()))
-        (dx, w), (dy, h) = edges
-        boxes = torch.stack([scene.where[..., 0] + dx, scene.where[..., 1] + dy, w, h], -1)
+        boxes = ink_boxes(ink)
+        centre = scene.where + boxes[..., :2] - ink.shape[-1] / 2
+        boxes = torch.cat([centre, boxes[..., 2:]], -1)
         return boxes.masked_fill(~scene.present[..., None], float("nan"))
 
     def layers(self, scene: Scene) -> Tensor:
@@ -323,13 +369,27 @@ class LAVAE(SceneModel):
         return groups
 
     def check(self, x: Tensor) -> None:
-        stride = self.location_net.stride
+        stride = int(self.location_net.stride)  # type: ignore[arg-type]
         super().check(x)
         if any(side % stride for side in x.shape[-2:]):
             raise UserError(f"the sides of an image must be multiples of {stride}")
 
 
-def _present(n: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Which slots hold an object, (..., M) bool, and the row (of all but M) of each, (P,)."""
+def _present(n: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which slots hold an object, (..., M) bool, and the row (of all but M) and slot of each."""
     present = torch.arange(slots, device=n.device) < n[..., None]
-    return present, present.reshape(-1, slots).nonzero(as_tuple=True)[0]
+    row, slot = present.reshape(-1, slots).nonzero(as_tuple=True)
+    return present, row, slot
+
+
+def _presence(i: Tensor | int, n: Tensor) -> Tensor:
+    """1 for the objects i < n, with a gradient for n in the last of them."""
+    return (n - i).clamp(0.0, 1.0)
+
+
+@contextmanager
+def _if_present(i: int, n: Tensor) -> Iterator[None]:
+    """Sites of object i count where i < n, in model and guide alike."""
+    scale = _presence(i, n).masked_fill(i >= n, 1.0)  # Pyro refuses a scale of 0
+    with poutine.mask(mask=i < n), poutine.scale(scale=scale):
+        yield

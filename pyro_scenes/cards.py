@@ -1,0 +1,171 @@
+"""Model cards: the checkpoints that ship inside the package, with figures of every seed.
+
+Everything a card says is read from runs and measured here; nothing is typed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+from pyro_scenes import checkpoint
+from pyro_scenes.checkpoint import Checkpoint
+from pyro_scenes.data import DATASETS, load
+from pyro_scenes.data.files import atomic_write
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import evaluate
+
+CROWDED = 7  # objects in the test scenes of a number never trained on
+
+
+def ship(
+    name: str,
+    runs: list[Path],
+    *,
+    folder: Path = checkpoint.SHIPPED,
+    images: int = 10_000,
+    particles: int = 100,
+    mnist: Path | None = None,
+    device: str = "auto",
+) -> str:
+    """Write ``name``.pt (the weights of the first run), .json (figures of all) and .md (the card).
+
+    :param runs: finished runs of one command that differ in their seeds alone.
+    :param images: test images of each kind. :return: the card.
+    :raises UserError: if a run is missing, unfinished or not of the same command.
+    """
+    loaded = [checkpoint.load(run, device) for run in runs]
+    _same_command(loaded)
+    entries = []
+    for run, trained in zip(runs, loaded, strict=True):
+        entries.append(_measure(run, trained, images, particles, mnist))
+    config = loaded[0].config
+    content = {
+        "name": name,
+        "command": f"bin/svi-train --model {config.model} --data {config.data}"
+        f" --preset {config.preset} --seed SEED",
+        "settings": config.to_dict(),
+        "parameters": sum(p.numel() for p in loaded[0].model.parameters()),
+        "runs": entries,
+    }
+    card = _card(content)
+    folder.mkdir(exist_ok=True)
+    checkpoint.save(folder / f"{name}.pt", config, loaded[0].model.cpu(), loaded[0].step)
+    for suffix, text in ((".json", json.dumps(content, indent=1) + "\n"), (".md", card)):
+        with atomic_write(folder / f"{name}{suffix}") as file:
+            file.write(text.encode())
+    return card
+
+
+def _same_command(loaded: list[Checkpoint]) -> None:
+    first = loaded[0].config.to_dict() | {"seed": None}
+    for trained in loaded:
+        if trained.config.to_dict() | {"seed": None} != first:
+            raise UserError(f"{trained.path} was trained with other settings than the first run")
+        if trained.config.data not in DATASETS:
+            raise UserError("a shipped checkpoint is trained on a registered data set")
+        if trained.training is None or trained.step < trained.config.train.steps:
+            raise UserError(f"{trained.path} is not a finished run")
+
+
+def _measure(
+    run: Path, trained: Checkpoint, images: int, particles: int, mnist: Path | None
+) -> dict:
+    """One seed's entry; kept beside the run, so that measuring many can be interrupted."""
+    kept = run / f"figures-{images}x{particles}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    data = trained.config.data
+    assert trained.training is not None
+    entry = {
+        "seed": trained.config.seed,
+        "steps": trained.step,
+        "training_seconds": round(trained.training["seconds"]),
+        "machine": machine(),
+        "few": evaluate(
+            trained.model, load(data, images=images, mnist=mnist), particles=particles
+        ),
+        "crowded": evaluate(
+            trained.model,
+            load(data, images=images, objects=(CROWDED, CROWDED), mnist=mnist),
+            particles=0,
+            limit=math.inf,
+        ),
+    }
+    with atomic_write(kept) as file:
+        file.write((json.dumps(entry, indent=1) + "\n").encode())
+    return entry
+
+
+def machine() -> str:
+    """The kind of machine: processor, cores, accelerator, torch."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    parts = [processor, f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join([*parts, f"torch {torch.__version__}"])
+
+
+def _card(content: dict) -> str:
+    runs = content["runs"]
+    few, crowded = [r["few"] for r in runs], [r["crowded"] for r in runs]
+    rows = [
+        f"| {run['seed']} | {run['few']['count_accuracy']:.4f} |"
+        f" {run['crowded']['count_accuracy']:.4f} | {run['few']['nll']:.2f} +-"
+        f" {run['few']['nll_stderr']:.2f} | {run['few']['ari']:.4f} | {run['crowded']['ari']:.4f} |"
+        f" {run['training_seconds'] / 60:.1f} |"
+        for run in runs
+    ]
+    means = [
+        _spread(figures, key, digits)
+        for figures, key, digits in (
+            (few, "count_accuracy", 4),
+            (crowded, "count_accuracy", 4),
+            (few, "nll", 2),
+            (few, "ari", 4),
+            (crowded, "ari", 4),
+        )
+    ]
+    train = content["settings"]["train"]
+    return "\n".join(
+        [
+            f"# {content['name']}",
+            "",
+            f"Trained by `{content['command']}`: {train['steps']:,} steps of"
+            f" {train['batch_size']} images; {content['parameters']:,} parameters. The weights are"
+            f" those of seed {runs[0]['seed']}; every seed that was run is listed.",
+            "",
+            f"Measured on {few[0]['images']:,} held-out scenes of the training's counts and"
+            f" {crowded[0]['images']:,} of {CROWDED} objects, a number never trained on. The bound"
+            f" on -log p(x), in nats per image, is with {few[0]['particles']} importance samples"
+            " and exact discrete masses; after +- its standard error over images. ARI is of the"
+            " foreground.",
+            "",
+            f"| seed | count right | count right, {CROWDED} objects | -log p(x) <= | ARI |"
+            f" ARI, {CROWDED} objects | training, minutes |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            f"| mean +- sd | {' | '.join(means)} | |",
+            "",
+            f"Trained and measured on: {'; '.join(sorted({run['machine'] for run in runs}))}.",
+            "",
+        ]
+    )
+
+
+def _spread(figures: list[dict], key: str, digits: int) -> str:
+    values = [figure[key] for figure in figures]
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

@@ -1,0 +1,243 @@
+"""The hand-written ELBO is Pyro's to float64 precision; turns, ratios and the told places."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_scenes import bench, plain
+from pyro_scenes.data import SceneData, make
+from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
+from pyro_scenes.objectives import LAVAEObjective, LAVAESchedule
+
+TINY = LAVAEConfig(
+    max_objects=3, latent=2, sprite=5, crop=7, location_width=8, location_blocks=1,
+    appearance_width=4, appearance_hidden=6, sprite_hidden=(5,), count_window=3, blocked_window=3,
+    logit_scale=0.5, count_threshold=2.0,
+)
+SHAPE = (3, 12, 8)
+# Far enough apart to be counted each, and near enough for sprites to overlap and to be cut.
+PLACES = [(1, 1), (5, 2), (6, 6), (10, 4)]
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything in float64; the networks' ``float()``, their way out of bfloat16, as well."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def told(counts: list[int], max_objects: int = 3) -> tuple[LAVAE, Tensor]:
+    """A tiny model in float64 that sees so many objects in each of a batch of images."""
+    torch.manual_seed(0)
+    model = LAVAE(replace(TINY, max_objects=max_objects), SHAPE)
+    peaks = torch.zeros(len(counts), *SHAPE[1:])
+    for image, count in enumerate(counts):
+        for place in PLACES[:count]:
+            # Other places stay likely enough for their gradient to count in the sums compared.
+            peaks[(image, *place)] = 2.5
+    model.location_net = bench.Told(model.location_net, peaks)
+    torch.nn.init.normal_(model.count_prior.logits)
+    model.double().train()
+    model.temperature = 0.7
+    return model, (torch.rand(len(counts), *SHAPE) < 0.3).double()
+
+
+def next_noise(model: LAVAE, encoded: Encoded) -> plain.Noise:
+    """The numbers that Pyro's guide draws next, in its order."""
+    logits = encoded.heights.detach().flatten(1)
+    slots = int(encoded.count.max().clamp(max=model.config.max_objects))
+    mean = logits.new_zeros(len(logits), model.config.latent)
+    places = [torch.rand_like(logits) for _ in range(slots)]
+    normals = [torch.normal(mean, torch.ones_like(mean)) for _ in range(slots)]
+    return plain.Noise(
+        torch.stack(places) if places else logits.new_zeros(0, *logits.shape),
+        torch.stack(normals) if normals else mean.new_zeros(0, *mean.shape),
+    )
+
+
+BATCHES = pytest.mark.parametrize("counts, max_objects", [
+    ([2, 0, 3, 1, 3, 0], 3),
+    ([0, 0], 3),
+    ([4, 1, 0, 2], 2),  # more than the model's limit
+])
+
+
+@BATCHES
+def test_the_elbo_of_each_image_is_pyros(
+    double: None, counts: list[int], max_objects: int
+) -> None:
+    model, x = told(counts, max_objects)
+    encoded = model.encode(x)
+    assert encoded.count.tolist() == counts
+    state = torch.get_rng_state()
+    guide = poutine.trace(model.guide).get_trace(x)
+    joint = poutine.trace(poutine.replay(model.model, trace=guide)).get_trace(x)
+    guide.compute_log_prob()
+    joint.compute_log_prob()
+    log_p, log_q = (
+        sum(
+            site["log_prob"] for name, site in trace.nodes.items()
+            if site["type"] == "sample" and name != "images"
+        )
+        for trace in (joint, guide)
+    )
+    torch.set_rng_state(state)
+    noise = next_noise(model, encoded)
+    objects, plain_log_q = plain.draw(model, x, encoded, noise)
+    # The same z, the objects of an image in the order of their sites.
+    sites = [
+        (b, i) for b, count in enumerate(counts) for i in range(min(count, max_objects))
+    ]
+    assert objects.image.tolist() == [b for b, _ in sites]
+    for p, (b, i) in enumerate(sites):
+        assert torch.equal(objects.places[p], guide.nodes[f"z_loc_{i}"]["value"][b])
+        torch.testing.assert_close(
+            objects.appearances[p], guide.nodes[f"z_app_{i}"]["value"][b], rtol=1e-12, atol=1e-12
+        )
+    close = {"rtol": 1e-10, "atol": 0.0}
+    torch.testing.assert_close(plain_log_q, log_q, **close)
+    torch.testing.assert_close(plain.log_joint(model, x, objects), log_p, **close)
+    torch.testing.assert_close(plain.elbo(model, x, encoded, noise), log_p - log_q, **close)
+
+
+@BATCHES
+def test_the_gradients_of_a_step_are_the_objectives(
+    double: None, counts: list[int], max_objects: int
+) -> None:
+    model, x = told(counts, max_objects)
+    step = 100
+    objective = LAVAEObjective(
+        LAVAESchedule(
+            one_object=0, one_object_end=0, warmup_full=0, warmup_end=0,
+            temperature=0.7, temperature_end=0.7, floor_begin=0, floor_end=0,
+        ),
+        model, step,
+    )  # fmt: skip
+    state = torch.get_rng_state()
+    with pyro.validation_enabled(False):
+        figures = objective.backward(model, x, step)
+    pyros = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    torch.set_rng_state(state)
+    torch.rand(len(x))  # which images are forced to one object
+    encoded = model.encode(x)
+    loss = -plain.elbo(model, x, encoded, next_noise(model, encoded)).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(figures["loss"], rel=1e-10)
+    reached = {name for name, gradient in pyros.items() if gradient is not None}
+    assert reached == (set(pyros) if any(counts) else {"count_prior.logits"})
+    for name, parameter in model.named_parameters():
+        ours, theirs = parameter.grad, pyros[name]
+        assert (ours is None) == (theirs is None), name
+        if theirs is not None:
+            assert theirs.norm() > 0, name
+            assert (ours - theirs).norm() <= 1e-8 * theirs.norm(), name
+
+
+def test_fresh_noise_draws_what_the_guide_needs() -> None:
+    model, _ = told([1, 4, 0], max_objects=3)
+    heights = torch.zeros(3, *SHAPE[1:])
+    noise = plain.fresh_noise(model, Encoded(heights, torch.tensor([1, 4, 0])))
+    assert noise.places.shape == (3, 3, 96) and noise.appearances.shape == (3, 3, 2)
+    assert 0 <= noise.places.min() < 0.05 and 0.95 < noise.places.max() < 1
+    assert noise.appearances.min() < 0 < noise.appearances.max()
+
+
+@pytest.fixture(scope="module")
+def scenes() -> SceneData:
+    return make("multi-dsprites", 12, segmentation=False)
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_an_untrained_model_finds_the_places_that_it_is_told(
+    preset: str, scenes: SceneData
+) -> None:
+    trainer = bench.Trainer(preset, scenes[:6], torch.device("cpu"))
+    found = trainer.model.infer(trainer.x[:4])  # the first images of the batch
+    assert found.counts.tolist() == scenes.counts[:4].tolist()
+    for image in range(4):
+        there = torch.from_numpy(scenes.boxes[image, :, :2])
+        for place in found.where[image, found.present[image]]:
+            assert ((there - place).abs().amax(-1) <= 0.5).any()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_step_moves_every_parameter_in_the_precision_asked_for(
+    by_hand: bool, bfloat16: bool, scenes: SceneData
+) -> None:
+    trainer = bench.Trainer("fast", scenes[3:5], torch.device("cpu"), bfloat16, by_hand)
+    seen = []
+    for net in (trainer.model.location_net.net.trunk, trainer.model.appearance_net.convolutions):
+        net.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pyro.validation_enabled(False):
+        trainer.step()
+    assert seen == [torch.bfloat16 if bfloat16 else torch.float32] * 2
+    assert [n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])] == []
+
+
+def test_contestants_take_turns_and_the_first_round_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    called = []
+
+    def call(name: str) -> None:
+        called.append(name)
+        clock[0] += len(called) + (100 if len(called) <= 2 else 0)
+
+    seconds = bench.take_turns(
+        {name: (lambda name=name: call(name), amount) for name, amount in (("a", 1), ("b", 10))},
+        2, torch.device("cpu"),
+    )
+    assert "".join(called) == "abbaab"
+    assert seconds == {"a": [4.0, 5.0], "b": [0.3, 0.6]}
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = {
+        "ours, bfloat16": [2.0, 4.0, 9.0], "plain torch, bfloat16": [1.0, 4.0, 3.0],
+        "ours, float32": [6.0, 4.0, 9.0], "plain torch, float32": [6.0, 2.0, 6.0],
+        "paper's networks": [30.0, 40.0, 20.0], "fast preset's": [1.0, 1.0, 2.0],
+        "images generated": [0.5, 0.25, 0.1], "particles x images evaluated": [1.0, 2.0, 4.0],
+    }
+    monkeypatch.setattr(
+        bench, "take_turns", lambda work, rounds, device: {name: turns[name] for name in work}
+    )
+    result = bench.run("cpu", quick=True)
+    assert result["ratios"] == {
+        "ours / plain torch, bfloat16": {"median": 2.0, "min": 1.0, "max": 3.0},
+        "ours / plain torch, float32": {"median": 1.5, "min": 1.0, "max": 2.0},
+        "float32 / bfloat16": {"median": 1.0, "min": 1.0, "max": 3.0},
+        "paper's networks / fast preset's": {"median": 30.0, "min": 10.0, "max": 40.0},
+    }
+    assert result["per_second"]["images generated"] == {"median": 4.0, "min": 2.0, "max": 10.0}
+    assert result["seconds_per_image"]["ours, bfloat16"]["median"] == 4.0
+    assert 0 < result["peak_memory_mib"]["after everything"] < 1e6
+    assert json.loads(json.dumps(result)) == result
+    printed = bench.table(result).splitlines()
+    assert result["machine"]["processor"] in printed[0]
+    line = next(line for line in printed if line.startswith("  ours / plain torch, bfloat16"))
+    assert line.split()[5:] == ["2.00", "(1.00", "to", "3.00)", "goal:", "at", "most", "1.15"]
+    assert "  ours, bfloat16" in [line[:16] for line in printed if "4000.00" in line]
+
+
+def test_the_benchmark_leaves_torchs_random_numbers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "take_turns", lambda work, rounds, device: {n: [1.0] for n in work})
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    bench.run("cpu", quick=True)
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,399 @@
+"""LAVAE: its draws, densities, scenes and rendering against hand-worked values and by-hand sums."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_scenes.distributions import one_hot
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import log_weights
+from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
+from pyro_scenes.scene import Scene
+
+CONFIG = LAVAEConfig(
+    max_objects=3, latent=2, sprite=5, crop=7, location_width=8, location_blocks=1,
+    appearance_width=4, appearance_hidden=6, sprite_hidden=(5,), count_threshold=2.0,
+    count_window=3, blocked_window=3, logit_scale=0.5, likelihood_floor=0.01,
+)
+PAPER = replace(CONFIG, networks="paper", sprite_width=6, straight_through=False)
+SHAPE = (3, 8, 12)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Seen(nn.Module):
+    """A location network that returns given heights."""
+
+    stride = 1
+
+    def __init__(self, heights: Tensor):
+        super().__init__()
+        self.heights = heights  # (B, H, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heights[:len(x)]
+
+
+def peaks(places: list[list[tuple[int, int, float]]], size=SHAPE[1:]) -> Seen:
+    """Heights that are 0 but for (row, column, height), for each image."""
+    heights = torch.zeros(len(places), *size)
+    for b, row in enumerate(places):
+        for r, c, height in row:
+            heights[b, r, c] = height
+    return Seen(heights)
+
+
+def lavae(config: LAVAEConfig = CONFIG, shape=SHAPE) -> LAVAE:
+    model = LAVAE(config, shape).eval()
+    for parameter in model.sprite_net.parameters():
+        parameter.data.mul_(2)  # sprites that differ
+    return model
+
+
+def images(batch: int, shape=SHAPE) -> Tensor:
+    return (torch.rand(batch, *shape) < 0.3).float()
+
+
+def traces(model: LAVAE, x: Tensor, counts: list[int], heights: Tensor | None = None):
+    """The guide's and the model's trace of a draw with given counts."""
+    heights = torch.zeros(len(x), *x.shape[-2:]) if heights is None else heights
+    guide = poutine.trace(model.guide).get_trace(x, Encoded(heights, torch.tensor(counts)))
+    joint = poutine.trace(poutine.replay(model.model, trace=guide)).get_trace(x)
+    guide.compute_log_prob()
+    joint.compute_log_prob()
+    return guide, joint
+
+
+def place_of(trace: poutine.Trace, slot: int) -> Tensor:
+    return trace.nodes[f"z_loc_{slot}"]["value"].argmax(-1)
+
+
+# --- the densities -------------------------------------------------------------------------------
+
+
+def test_the_joint_by_hand() -> None:
+    """Each factor of equation 1, and the image of equation 4, for one image with two objects."""
+    model, x = lavae(), images(1)
+    model.count_prior.logits.data = torch.tensor([0.1, 0.2, 0.7, -1.0])
+    _, joint = traces(model, x, [2])
+    sites = {name: site["log_prob"].item() for name, site in joint.nodes.items()
+             if name in ("n", "x") or name.startswith("z_")}
+    logits = [0.1, 0.2, 0.7, -1.0]
+    assert sites["n"] == pytest.approx(0.7 - math.log(sum(map(math.exp, logits))), rel=1e-5)
+    assert sites["z_loc_0"] == pytest.approx(-math.log(96), rel=1e-5)
+    assert sites["z_loc_1"] == pytest.approx(-math.log(95), rel=1e-5)
+    canvas = np.zeros((3, 8 + 4, 12 + 4))
+    for slot in range(2):
+        z = joint.nodes[f"z_app_{slot}"]["value"]
+        normal = -0.5 * (z.square().sum().item() + 2 * math.log(2 * math.pi))
+        assert sites[f"z_app_{slot}"] == pytest.approx(normal, rel=1e-5)
+        row, column = divmod(place_of(joint, slot).item(), 12)
+        canvas[:, row:row + 5, column:column + 5] += model.sprite_net(z).detach().numpy()[0]
+    mean = 0.01 + 0.98 * canvas[:, 2:-2, 2:-2].clip(0, 1)
+    x = x[0].numpy()
+    assert sites["x"] == pytest.approx((x * np.log(mean) + (1 - x) * np.log(1 - mean)).sum(),
+                                       rel=1e-5)
+
+
+@pytest.mark.parametrize("shape, scale", [((1, 8, 12), 0.5), ((1, 4, 4), 0.5), ((1, 4, 4), 1.5)])
+def test_the_logits_are_scaled_by_the_size_of_the_canvas(shape, scale) -> None:
+    model, x = lavae(replace(CONFIG, logit_scale=scale), shape), images(2, shape)
+    heights = torch.rand(2, *shape[1:])
+    guide, _ = traces(model, x, [1, 1], heights)
+    logits = scale * math.log(shape[1] * shape[2]) * heights.flatten(1).double().numpy()
+    masses = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    drawn = masses[range(2), place_of(guide, 0)]
+    assert np.allclose(guide.nodes["z_loc_0"]["log_prob"].exp(), drawn, rtol=1e-5)
+
+
+def test_the_guide_shuts_a_window_round_each_place() -> None:
+    """The second draw's mass is the softmax over what is left, and no draw is in the window."""
+    model, x = lavae(), images(300)
+    heights = torch.rand(300, 8, 12)
+    guide, _ = traces(model, x, [2] * 300, heights)
+    first, second = place_of(guide, 0), place_of(guide, 1)
+    weights = np.exp(0.5 * math.log(96) * heights.flatten(1).double().numpy())
+    rows, columns = np.divmod(np.arange(96), 12)
+    for b in range(300):
+        near = (abs(rows - first[b].item() // 12) <= 1) & (abs(columns - first[b].item() % 12) <= 1)
+        assert not near[second[b]]
+        expected = weights[b, second[b]] / weights[b, ~near].sum()
+        found = guide.nodes["z_loc_1"]["log_prob"][b].exp().item()
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_window_as_large_as_the_canvas_leaves_all_but_the_place() -> None:
+    model, x = lavae(replace(CONFIG, blocked_window=25)), images(200)
+    guide, _ = traces(model, x, [3] * 200)
+    drawn = torch.stack([place_of(guide, slot) for slot in range(3)], -1)
+    assert all(len(set(row)) == 3 for row in drawn.tolist())
+    masses = guide.nodes["z_loc_2"]["log_prob"].exp()
+    assert masses.tolist() == pytest.approx([1 / 94] * 200, rel=1e-2)
+
+
+def test_relaxed_places_do_not_count_as_used_elsewhere() -> None:
+    """A relaxed place has some mass everywhere; what it shuts is the place that it stands for."""
+    model = lavae(replace(CONFIG, straight_through=False, blocked_window=1))
+    model.temperature = 1.0
+    _, joint = traces(model, images(20), [3] * 20)
+    z = joint.nodes["z_loc_1"]["value"]
+    assert z.amax(-1).max() < 1
+    for slot, left in enumerate((96, 95, 94)):
+        found = joint.nodes[f"z_loc_{slot}"]["log_prob"]
+        assert found.tolist() == pytest.approx([-math.log(left)] * 20, rel=1e-4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["fast", "paper"])
+def test_absent_objects_change_nothing(config) -> None:
+    """An image's density is the same beside an image with more objects, which opens more slots."""
+    model, x = lavae(config), images(3)
+    guide, joint = traces(model, x, [1, 0, 3])
+    values = {name: site["value"] for name, site in guide.nodes.items() if name[:2] == "z_"}
+    assert len(values) == 6
+    for b, count in enumerate((1, 0, 3)):
+        kept = {"n": torch.tensor([count])} | {
+            name: value[b:b + 1] for name, value in values.items() if int(name[-1]) < count}
+        encoded = Encoded(torch.zeros(1, 8, 12), torch.tensor([count]))
+        for function, arguments, whole in (
+            (model.guide, (x[b:b + 1], encoded), guide), (model.model, (x[b:b + 1],), joint)
+        ):
+            alone = poutine.trace(poutine.condition(function, data=kept)).get_trace(*arguments)
+            alone.compute_log_prob()
+            total = sum(site["log_prob"][b] for name, site in whole.nodes.items()
+                        if name in ("n", "x") or name in values)
+            mine = sum(site["log_prob"][0] for name, site in alone.nodes.items()
+                       if name in ("n", "x") or name in values)
+            assert mine.item() == pytest.approx(total.item(), rel=1e-5)
+    for trace in (guide, joint):
+        for name in values:
+            absent = torch.tensor([1, 0, 3]) <= int(name[-1])
+            assert (trace.nodes[name]["log_prob"][absent] == 0).all()
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+
+FOUR = [[(1, 1, 3.0), (1, 8, 5.0), (6, 3, 4.0), (6, 10, 2.5)], [(2, 2, 3.0)]]
+
+
+def test_the_guide_draws_at_most_max_objects() -> None:
+    model, x = lavae(), images(2)
+    model.location_net = peaks(FOUR)
+    assert model.encode(x).count.tolist() == [4, 1]
+    guide = poutine.trace(model.guide).get_trace(x)
+    assert guide.nodes["n"]["value"].tolist() == [3, 1]
+    assert "z_app_2" in guide.nodes and "z_app_3" not in guide.nodes
+    weights = log_weights(model, x, 5)
+    assert weights.isfinite().all()
+
+
+def test_inference_refuses_more_than_its_limit() -> None:
+    model, x = lavae(), images(2)
+    model.location_net = peaks(FOUR)
+    with pytest.raises(UserError, match="shows 4 objects, more than the limit of 3.*--max-objects"):
+        model.infer(x)
+    with pytest.raises(UserError, match="limit of 2"):
+        model.infer(x, limit=2)
+    assert model.infer(x, limit=4).counts.tolist() == [4, 1]
+    assert model.infer(x, limit=math.inf).counts.tolist() == [4, 1]
+
+
+def test_counts_are_peaks_above_the_threshold() -> None:
+    model = lavae(replace(CONFIG, count_threshold=2.7, count_window=5))
+    # The shoulder two pixels away is in the window of its peak; 2.5 is below the threshold.
+    model.location_net = peaks([[(4, 4, 3.5), (4, 6, 3.0), (4, 7, 3.0), (0, 11, 2.5)]])
+    assert model.encode(images(1)).count.tolist() == [2]
+
+
+def test_a_count_with_a_gradient_has_the_same_density() -> None:
+    """Whatever a training makes of the count's gradient, it counts and weighs the same."""
+    model, x = lavae(), images(3)
+    model.location_net = peaks([FOUR[0][:2], [], FOUR[1]])
+    totals, counts = [], []
+    for temperature in (None, 1.0):
+        model.temperature = temperature
+        torch.manual_seed(1)
+        encoded = model.encode(x)
+        guide = poutine.trace(model.guide).get_trace(x, encoded)
+        joint = poutine.trace(poutine.replay(model.model, trace=guide)).get_trace(x)
+        counts.append(encoded.count.tolist())
+        totals.append((guide.log_prob_sum().item(), joint.log_prob_sum().item()))
+    assert counts == [[2, 0, 1]] * 2
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+
+
+# --- scenes --------------------------------------------------------------------------------------
+
+
+def test_inferred_scenes_by_hand() -> None:
+    model, x = lavae(), images(3)
+    model.location_net = peaks(FOUR[:1] + [[]] + FOUR[1:])
+    scene = model.infer(x, limit=4)
+    assert scene.counts.tolist() == [4, 0, 1] and scene.size == (8, 12)
+    assert scene.present.tolist() == [[True] * 4, [False] * 4, [True] + [False] * 3]
+    # From the highest on; a place is the centre of its pixel.
+    assert scene.where[0].tolist() == [[8.5, 1.5], [3.5, 6.5], [1.5, 1.5], [10.5, 6.5]]
+    assert scene.where[2, 0].tolist() == [2.5, 2.5]
+    assert scene.where[1].isnan().all() and scene.where[2, 1:].isnan().all()
+    assert torch.equal(scene.boxes.isnan().all(-1), ~scene.present)
+    # The mean of q(z_app) is the network's, of the crop round the place.
+    padded = np.pad(x.numpy(), [(0, 0), (0, 0), (3, 3), (3, 3)])
+    net = model.appearance_net
+    for b, slot, row, column in ((0, 0, 1, 8), (0, 3, 6, 10), (2, 0, 2, 2)):
+        crop = torch.from_numpy(padded[b:b + 1, :, row:row + 7, column:column + 7].copy())
+        mean = net.head(net.convolutions(crop))[0, :2]
+        assert torch.allclose(scene.what[b, slot], mean, atol=1e-6)
+    assert (scene.what[~scene.present] == 0).all()
+
+
+def test_rendering_is_the_sum_of_sprites() -> None:
+    model, x = lavae(), images(2)
+    model.location_net = peaks([[(0, 0, 5.0), (1, 2, 4.0), (7, 11, 3.0)], [(4, 6, 3.0)]])
+    model.sprite_net.net[-1].bias.data.uniform_(-1, 2)  # some sum is beyond 1
+    scene = model.infer(x)
+    with torch.no_grad():
+        decoded = [model.sprite_net(scene.what[b, :n]).numpy() for b, n in enumerate((3, 1))]
+        rendered = model.render(scene)
+    canvas = np.zeros((2, 3, 3, 8 + 4, 12 + 4))
+    for b, places in enumerate(([(0, 0), (1, 2), (7, 11)], [(4, 6)])):
+        for slot, (row, column) in enumerate(places):
+            canvas[b, slot, :, row:row + 5, column:column + 5] = decoded[b][slot]
+    canvas = canvas[..., 2:-2, 2:-2]
+    assert canvas.sum(1).max() > 1.1
+    assert np.allclose(rendered, canvas.sum(1).clip(0, 1), atol=1e-6)
+    assert torch.equal(model.reconstruct(x), rendered)
+    with torch.no_grad():
+        assert np.allclose(model.layers(scene), canvas, atol=1e-6)
+        sprites = model.sprites(scene)
+    assert sprites.shape == (2, 3, 3, 5, 5)
+    assert np.allclose(sprites[0], decoded[0]) and np.allclose(sprites[1, 0], decoded[1][0])
+    assert (sprites[1, 1:] == 0).all()
+
+
+class Marks(nn.Module):
+    """A sprite decoder of black sprites with given pixels (row, column), z_app's value in all
+    channels but the last."""
+
+    def __init__(self, pixels: list[tuple[int, int]]):
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, z: Tensor) -> Tensor:
+        sprites = torch.zeros(len(z), 3, 5, 5)
+        for row, column in self.pixels:
+            sprites[:, :2, row, column] = z[:, :1]
+        return sprites
+
+
+def marked(pixels, places: list[tuple[int, int]], values: list[float]) -> tuple[LAVAE, Scene]:
+    """One scene with sprites of ``Marks`` at (row, column), and an absent slot after them."""
+    model = lavae()
+    model.sprite_net = Marks(pixels)
+    slots = len(places) + 1
+    where, what = torch.full((1, slots, 2), math.nan), torch.zeros(1, slots, 2)
+    for slot, ((row, column), value) in enumerate(zip(places, values)):
+        where[0, slot] = torch.tensor([column + 0.5, row + 0.5])
+        what[0, slot, 0] = value
+    present = torch.arange(slots)[None] < len(places)
+    return model, Scene(present, where, torch.full((1, slots, 4), math.nan), what=what)
+
+
+def test_boxes_are_those_of_the_ink() -> None:
+    # Columns 1 to 2 and rows 0 to 3 of the sprite: its centre is half a pixel left and a whole
+    # pixel up of the place's centre.
+    model, scene = marked([(0, 1), (3, 2)], [(4, 6), (0, 0)], [0.9, 0.9])
+    boxes = model._boxes(scene)
+    assert boxes[0, 0].tolist() == [6.0, 4.0, 2.0, 4.0]
+    assert boxes[0, 1].tolist() == [0.0, 0.0, 2.0, 4.0]  # not cut by the canvas
+    assert boxes[0, 2].isnan().all()
+    model, scene = marked([(2, 2)], [(4, 6)], [0.6])
+    assert model._boxes(scene)[0, 0].tolist() == [6.5, 4.5, 1.0, 1.0]
+
+
+def test_the_box_of_a_faint_sprite_is_its_window() -> None:
+    model, scene = marked([(2, 2)], [(4, 6)], [0.4])
+    assert model._boxes(scene)[0, 0].tolist() == [6.5, 4.5, 5.0, 5.0]
+
+
+def test_a_segmentation_by_hand() -> None:
+    """A pixel goes to the object that adds most to it, if that is more than one half."""
+    row = [(2, 1), (2, 2), (2, 3)]  # three pixels side by side
+    model, scene = marked(row, [(1, 2), (1, 4), (5, 0)], [0.7, 0.9, 0.4])
+    expected = torch.zeros(8, 12, dtype=torch.long)
+    expected[1, 1:3] = 1
+    expected[1, 3:6] = 2  # column 3 is in both
+    assert torch.equal(model.segment(scene)[0], expected)
+    expected[5, 0:2] = 3  # its first pixel is beyond the canvas
+    assert torch.equal(model.segment(scene, threshold=0.3)[0], expected)
+
+
+def test_scenes_without_objects() -> None:
+    model, x = lavae(), images(2)
+    model.location_net = peaks([[], []])
+    scene = model.infer(x)
+    assert scene.counts.tolist() == [0, 0] and scene.to_json() == [{"count": 0, "objects": []}] * 2
+    assert torch.equal(model.render(scene), torch.zeros(2, *SHAPE))
+    assert torch.equal(model.segment(scene), torch.zeros(2, 8, 12, dtype=torch.long))
+    assert model.sprites(scene).shape == (2, 0, 3, 5, 5)
+
+
+@pytest.mark.parametrize("config, shape", [(CONFIG, (3, 4, 20)), (PAPER, (3, 7, 5))],
+                         ids=["fast", "paper"])
+def test_other_sizes_than_the_trained_one(config, shape) -> None:
+    model, x = lavae(config), images(2, shape)
+    assert model.encode(x).heights.shape == (2, *shape[1:])
+    model.location_net = peaks([[(3, 4, 5.0)], []], shape[1:])
+    scene = model.infer(x)
+    assert scene.where[0].tolist() == [[4.5, 3.5]] and scene.size == shape[1:]
+    assert model.render(scene).shape == (2, *shape)
+    assert log_weights(model, x, 3).isfinite().all()
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["fast", "paper"])
+def test_the_appearance_network_reads_each_image_at_each_place(config) -> None:
+    """Many objects at once are what each is alone, in the order given, repeats included."""
+    net, x = lavae(config).appearance_net, images(3)
+    place, image = torch.tensor([95, 0, 13, 95, 0, 13]), torch.tensor([0, 2, 1, 0, 0, 1])
+    together = torch.cat(net(x, one_hot(place, 96), image), -1)
+    alone = [torch.cat(net(x[b:b + 1], one_hot(d[None], 96), torch.tensor([0])), -1)
+             for d, b in zip(place, image)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-4
+    assert (together[1] - together[4]).abs().max() > 1e-4  # the same place of another image
+
+
+def test_peaks_have_no_ties_in_bfloat16() -> None:
+    model, x = LAVAE(replace(CONFIG, location_width=32), (3, 32, 32)).eval(), images(4, (3, 32, 32))
+    exact = model.encode(x).heights
+    model.autocast = True
+    rough = model.encode(x).heights
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    assert torch.allclose(rough, exact, atol=0.05 * exact.max().item())
+    # bfloat16 has 256 values an octave, so 1024 such heights would be mostly ties.
+    assert all(len(heights.unique()) > 900 for heights in rough.flatten(1))
+
+
+@pytest.mark.parametrize("name", ["sprite", "crop", "count_window", "blocked_window"])
+def test_even_sides_are_refused(name) -> None:
+    with pytest.raises(UserError, match=f"{name} must be odd"):
+        LAVAE(replace(CONFIG, **{name: 4}), SHAPE)
+
+
+def test_unsuitable_settings_and_sizes_are_refused() -> None:
+    with pytest.raises(UserError, match="networks must be"):
+        LAVAE(replace(CONFIG, networks="slow"), SHAPE)
+    with pytest.raises(UserError, match="multiples of 4"):
+        LAVAE(CONFIG, (3, 8, 10))
+    with pytest.raises(UserError, match="multiples of 4"):
+        lavae().infer(images(1, (3, 10, 8)))

@@ -1,0 +1,327 @@
+"""The contract of every model: sites, shapes, gradients, independence, no side effects.
+
+A new model gets a row of ``TABLE``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_scenes import evaluate
+from pyro_scenes.data import SceneData
+from pyro_scenes.errors import UserError
+from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
+from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
+from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
+from pyro_scenes.priors import UniformCount
+
+BATCH = 3
+SHAPE = (3, 12, 8)
+FAST = LAVAEConfig(
+    max_objects=3, latent=2, sprite=5, crop=7, location_width=8, location_blocks=1,
+    appearance_width=4, appearance_hidden=6, sprite_hidden=(5,), count_window=3, blocked_window=3,
+)
+PAPER = replace(FAST, networks="paper", sprite_width=6, blocked_window=1, straight_through=False)
+
+
+def guide_of_two(model: LAVAE) -> Callable[[Tensor], None]:
+    """LAVAE's guide with two objects in every image: without any, most networks are not used."""
+    def guide(x: Tensor) -> None:
+        encoded = model.encode(x)
+        model.guide(x, replace(encoded, count=torch.full_like(encoded.count, 2)))
+    return guide
+
+
+@dataclass
+class Row:
+    """A model as the contract is tested on it."""
+
+    build: Callable[[], GenerativeModel]
+    guide: Callable[[GenerativeModel], Callable] = lambda model: model.guide  # as in training
+    training: dict = field(default_factory=dict)  # attributes that an objective sets
+    # Parameters that the ELBO alone does not reach, and why.
+    unreached: dict[str, str] = field(default_factory=dict)
+
+
+TABLE = {
+    "lavae": Row(lambda: LAVAE(FAST, SHAPE), guide_of_two, {"temperature": 0.5}),
+    "lavae, paper's networks": Row(
+        lambda: LAVAE(PAPER, SHAPE), guide_of_two, {"temperature": 0.5},
+        {"location_net.head.bias": "a softmax does not see a constant"},
+    ),
+    "conv_vae": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)),
+}
+SCENES = [name for name, row in TABLE.items() if isinstance(row.build(), SceneModel)]
+
+
+@pytest.fixture(autouse=True)
+def validated() -> Iterator[None]:
+    with pyro.validation_enabled(True):
+        yield
+
+
+@pytest.fixture(params=TABLE)
+def row(request: pytest.FixtureRequest) -> Row:
+    torch.manual_seed(0)
+    return TABLE[request.param]
+
+
+def images(batch: int = BATCH) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.rand(batch, *SHAPE, generator=generator) < 0.2).float()
+
+
+def scenes() -> SceneData:
+    pixels = (images(5).permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
+    return SceneData.from_images("noise", pixels, counts=np.array([0, 1, 2, 3, 1]))
+
+
+def built(row: Row, seed: int = 0) -> GenerativeModel:
+    torch.manual_seed(seed)
+    model = row.build()
+    for name, value in row.training.items():
+        assert hasattr(model, name)
+        setattr(model, name, value)
+    return model
+
+
+def sites(trace: poutine.Trace) -> dict[str, dict]:
+    return {
+        name: site for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not evaluate.site_is_plate(site)
+    }
+
+
+def traces(guide: Callable, model: GenerativeModel, x: Tensor) -> tuple[dict, dict]:
+    """The sites of a guide and of the model on the guide's values, with their log_prob."""
+    drawn = poutine.trace(guide).get_trace(x)
+    joint = poutine.trace(poutine.replay(model.model, trace=drawn)).get_trace(x)
+    for trace in (drawn, joint):
+        trace.compute_log_prob()
+    return sites(drawn), sites(joint)
+
+
+def density(function: Callable, values: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The log density of a model or a guide at given values of its latent sites."""
+    trace = poutine.trace(poutine.condition(function, data=values)).get_trace(x)
+    trace.compute_log_prob()
+    return sum(site["log_prob"] for site in sites(trace).values())
+
+
+def draw(guide: Callable, x: Tensor) -> dict[str, Tensor]:
+    return {name: site["value"].detach() for name, site in
+            sites(poutine.trace(guide).get_trace(x)).items()}
+
+
+def step(row: Row, model: GenerativeModel, x: Tensor, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    Trace_ELBO().loss_and_grads(model.model, row.guide(model), x)
+    optimizer.step()
+
+
+def state(model: GenerativeModel) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers, and of the training flag of every module."""
+    flags = {f"{name} trains": torch.tensor(m.training) for name, m in model.named_modules()}
+    return {k: v.clone() for k, v in model.state_dict().items()} | flags
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_every_model_is_in_the_table() -> None:
+    assert {*MODELS} <= TABLE.keys(), "add a new model to this file's table"
+    for name, (kind, presets) in MODELS.items():
+        assert type(TABLE[name].build()) is kind and "fast" in presets
+
+
+# --- sites ---------------------------------------------------------------------------------------
+
+
+def test_guide_and_model_have_the_same_latent_sites(row) -> None:
+    model = built(row)
+    drawn, joint = traces(row.guide(model), model, images())
+    assert joint.pop("x")["is_observed"]
+    assert not any(site["is_observed"] for site in joint.values())
+    assert drawn.keys() == joint.keys() and drawn
+    for name, site in drawn.items():
+        assert site["value"].shape == joint[name]["value"].shape
+
+
+def test_every_site_has_a_log_prob_per_image(row) -> None:
+    model = built(row)
+    for found in traces(row.guide(model), model, images()):
+        assert {name: site["log_prob"].shape for name, site in found.items()} == {
+            name: (BATCH,) for name in found}
+
+
+@pytest.mark.parametrize("particles", [1, 4])
+def test_every_site_has_a_log_prob_per_particle(row, particles) -> None:
+    model = built(row).eval()
+    with pyro.plate("particles", particles, dim=-2):
+        both = traces(row.guide(model), model, images())
+    for found in both:
+        assert {name: site["log_prob"].shape for name, site in found.items()} == {
+            name: (particles, BATCH) for name in found}
+        assert not any(site["log_prob"].isnan().any() for site in found.values())
+
+
+def test_a_particle_has_the_density_that_it_has_alone(row) -> None:
+    model, x = built(row).eval(), images()
+    guide = row.guide(model)
+    with pyro.plate("particles", 3, dim=-2):
+        values = draw(guide, x)
+        totals = [density(function, values, x) for function in (model.model, guide)]
+    for total, function in zip(totals, (model.model, guide)):
+        assert len(total[:, 0].unique()) == 3  # the draws do differ
+        for k in range(3):
+            alone = density(function, {name: value[k] for name, value in values.items()}, x)
+            assert torch.allclose(alone, total[k], rtol=1e-4)
+
+
+def test_permuting_the_images_permutes_the_densities(row) -> None:
+    model, x = built(row).eval(), images()
+    values, order = draw(row.guide(model), x), torch.tensor([2, 0, 1])
+    moved = {name: value[order] for name, value in values.items()}
+    for function in (model.model, row.guide(model)):
+        before, after = density(function, values, x), density(function, moved, x[order])
+        assert torch.allclose(before[order], after, rtol=1e-4)
+        assert not torch.allclose(before, after, rtol=1e-2)  # the images do differ
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_a_step_moves_every_parameter(row) -> None:
+    model = built(row)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert row.unreached.keys() <= before.keys()
+    step(row, model, images())
+    still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    assert still - row.unreached.keys() == set()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_two_instances_train_independently(row) -> None:
+    pyro.clear_param_store()
+    one, other, alone = (built(row) for _ in range(3))
+    shared = {p.data_ptr() for p in one.parameters()} & {p.data_ptr() for p in other.parameters()}
+    assert not shared
+    untouched = state(other.train())
+    step(row, one, images())
+    assert same(state(other), untouched)
+    # Trained after another instance, a model gets to where it gets alone.
+    step(row, other, images().flip(-1), seed=5)
+    step(row, alone, images().flip(-1), seed=5)
+    assert same(state(other), state(alone)) and not same(state(other), state(one))
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_parameters_are_in_one_group_each(row) -> None:
+    model = built(row)
+    grouped = [p for group in model.groups().values() for p in group]
+    assert len(grouped) == len(list(model.parameters()))
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()}
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def unchanged(model: GenerativeModel, random: bool) -> Iterator[None]:
+    before, generator = state(model), torch.get_rng_state()
+    yield
+    assert same(state(model), before)
+    if random:
+        assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("use, random", [
+    (lambda model: evaluate.iwae(model, images(), 2), False),
+    (lambda model: evaluate.log_weights(model, images(), 2), False),
+    (lambda model: model.sample(3), False),
+    (lambda model: model.reconstruct(images()), True),
+    (lambda model: evaluate.look(model, scenes()), True),
+    (lambda model: evaluate.evaluate(model, scenes(), particles=2, progress=False), True),
+], ids=["iwae", "log_weights", "sample", "reconstruct", "look", "evaluate"])
+def test_evaluating_changes_nothing(row, use, random) -> None:
+    model = replace_encode(built(row))
+    step(row, model, images())  # buffers that are not fresh
+    with unchanged(model.eval(), random):
+        use(model)
+    assert not model.training
+    assert pyro.settings.get("validate_distributions_pyro")  # switched off for a while only
+
+
+def replace_encode(model: GenerativeModel) -> GenerativeModel:
+    """Two objects in every image, whatever the untrained networks say."""
+    if isinstance(model, LAVAE):
+        encode = model.encode
+        model.encode = lambda x: replace(encode(x), count=torch.full((len(x),), 2))
+    return model
+
+
+@pytest.mark.parametrize("row", SCENES, indirect=True)
+def test_inferring_changes_nothing(row) -> None:
+    model = replace_encode(built(row)).eval()
+    with unchanged(model, random=True):
+        scene = model.infer(images())
+        model.render(scene)
+        model.segment(scene)
+        evaluate.infer(model, scenes())
+    again = model.infer(images())
+    assert scene.to_json() == again.to_json()
+
+
+def test_samples_and_reconstructions_are_images(row) -> None:
+    model = replace_encode(built(row)).eval()
+    for drawn, count in ((model.sample(4), 4), (model.reconstruct(images()), BATCH)):
+        assert drawn.shape == (count, *SHAPE) and not drawn.requires_grad
+        assert ((drawn >= 0) & (drawn <= 1)).all()
+
+
+def test_images_of_other_channels_are_refused(row) -> None:
+    model = built(row)
+    with pytest.raises(UserError, match="3 channels"):
+        model.check(images()[:, :1])
+    with pytest.raises(UserError, match="3 channels"):
+        model.check(images()[0])
+
+
+# --- priors --------------------------------------------------------------------------------------
+
+
+def test_priors_are_swapped_for_a_while() -> None:
+    model = built(TABLE["lavae"])
+    before = model.count_prior
+    names = [name for name, _ in model.named_parameters()]
+    with model.priors(count=UniformCount(2, 3)):
+        drawn = poutine.trace(poutine.uncondition(model.model)).get_trace(torch.zeros(200, *SHAPE))
+        assert set(drawn.nodes["n"]["value"].tolist()) == {2, 3}
+        assert "count_prior.logits" not in dict(model.named_parameters())
+    assert model.count_prior is before
+    assert [name for name, _ in model.named_parameters()] == names
+
+    with pytest.raises(ZeroDivisionError):
+        with model.priors(count=UniformCount(2, 3), appearance=nn.Identity()):
+            raise ZeroDivisionError
+    assert model.count_prior is before and not isinstance(model.appearance_prior, nn.Identity)
+
+
+def test_a_prior_that_the_model_does_not_have_is_refused() -> None:
+    model = built(TABLE["lavae"])
+    before = model.count_prior
+    with pytest.raises(UserError, match="'colour'"):
+        with model.priors(count=UniformCount(2, 3), colour=nn.Identity()):
+            pass
+    assert model.count_prior is before
