@@ -149,7 +149,7 @@ class PaperAppearanceNet(nn.Module):
         """(B, C, H, W), (P, D) one-hot or relaxed, (P,) long -> two of (P, L)."""
         maps = self.net(x).float().flatten(2)  # (B, 2 L, D)
         at = torch.stack([maps[b] @ z for b, z in zip(image.tolist(), places, strict=True)])
-        mean, log_variance = at.chunk(2, -1)
+        mean, log_variance = at.float().chunk(2, -1)
         return mean, log_variance
 
 

@@ -61,7 +61,7 @@ class LAVAESchedule:
     temperature: float = 1.0  # of the places' Gumbel-softmax gradient
     temperature_end: float = 0.5
     temperature_steps: int = 1000
-    slope: float = 5.0  # limit of the places' gradient, nats a pixel for a mean from 0 to 1
+    slope: float = 5.0  # limit of the places' gradient, nats a pixel; 0 for none
     floor: float = 0.03  # of the Bernoulli means; falls to the model's own
     floor_begin: int = 600
     floor_end: int = 2400
@@ -93,6 +93,7 @@ PAPER = LAVAESchedule(
     one_object_end=60_000,
     one_object_left=0.1,
     probe=0.0,
+    slope=0.0,
     warmup_full=30_000,
     warmup_end=60_000,
     warmup_weight=1.0,
@@ -156,7 +157,7 @@ class LAVAEObjective:
         temperature = falling(step, s.temperature, s.temperature_end, 0, s.temperature_steps)
         floor = falling(step, s.floor, model.config.likelihood_floor, s.floor_begin, s.floor_end)
         with (
-            temporarily(model, temperature=temperature, slope=s.slope / len(x)),
+            temporarily(model, temperature=temperature, slope=s.slope / len(x) or None),
             temporarily(model.likelihood, floor=floor),
             poutine.scale(scale=1 / len(x)),
         ):

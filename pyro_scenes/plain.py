@@ -108,16 +108,31 @@ def log_joint(model: LAVAE, x: Tensor, objects: Objects) -> Tensor:
     slot = torch.arange(len(objects.image), device=x.device) - (n.cumsum(0) - n)[objects.image]
     log_places = -(height * width - slot).to(x.dtype).log()  # (P,)
     log_appearances = -0.5 * (objects.appearances.square() + LOG_2_PI).sum(-1)  # (P,)
-    mean = x.new_zeros(x.shape)
-    if len(objects.image):
-        sprites = model.sprite_net(objects.appearances) * objects.presence[:, None, None, None]
-        size = batch, height, width
-        mean = place_sprites(sprites, objects.places, objects.image, size, model.slope)
+    log_objects = (log_places + log_appearances) * objects.presence
+    if not len(objects.image):
+        return log_count + _log_image(model, x, x.new_zeros(x.shape))
+    sprites = model.sprite_net(objects.appearances)
+    size = batch, height, width
+    mean = place_sprites(sprites, objects.places, objects.image, size, model.slope)
+    log_image = _log_image(model, x, mean)
+    if objects.presence.requires_grad:
+        with torch.no_grad():
+            last = slot == n[objects.image] - 1
+            alone = place_sprites(
+                sprites[last], objects.places[last], objects.image[last], size
+            )
+            gain = log_image - _log_image(model, x, mean - alone)
+            gain = gain.clamp(-model.config.count_gain, model.config.count_gain)
+        # 0, with the slope of n.
+        surplus = (objects.presence - objects.presence.detach()) * gain[objects.image]
+        log_objects = log_objects + surplus
+    return (log_count + log_image).index_add(0, objects.image, log_objects)
+
+
+def _log_image(model: LAVAE, x: Tensor, mean: Tensor) -> Tensor:
     floor = model.likelihood.floor
     mean = floor + (1 - 2 * floor) * mean.clamp(0.0, 1.0)
-    log_image = -F.binary_cross_entropy(mean, x, reduction="none").flatten(1).sum(1)
-    log_objects = (log_places + log_appearances) * objects.presence
-    return (log_count + log_image).index_add(0, objects.image, log_objects)
+    return -F.binary_cross_entropy(mean, x, reduction="none").flatten(1).sum(1)
 
 
 def _count(model: LAVAE, encoded: Encoded) -> Tensor:

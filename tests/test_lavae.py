@@ -103,6 +103,24 @@ def test_the_joint_by_hand() -> None:
                                        rel=1e-5)
 
 
+def test_the_appearance_density_by_hand() -> None:
+    """N(mean, exp(log variance)) of the crop round the place, its variance kept in bounds."""
+    model, x = lavae(), images(6)
+    with torch.no_grad():
+        model.appearance_net.head[-1].bias[2:] = torch.tensor([1.0, 80.0])
+    guide, _ = traces(model, x, [1] * 6)
+    net, padded = model.appearance_net, np.pad(x.numpy(), [(0, 0), (0, 0), (3, 3), (3, 3)])
+    for b, place in enumerate(place_of(guide, 0).tolist()):
+        row, column = divmod(place, 12)
+        crop = torch.from_numpy(padded[b:b + 1, :, row:row + 7, column:column + 7].copy())
+        mean, log_variance = net.head(net.convolutions(crop))[0].double().tensor_split(2)
+        variance = torch.stack([log_variance[0].exp(), torch.tensor(math.exp(4.0))])
+        z = guide.nodes["z_app_0"]["value"][b].double()
+        expected = -0.5 * ((z - mean) ** 2 / variance + (2 * math.pi * variance).log()).sum()
+        found = guide.nodes["z_app_0"]["log_prob"][b]
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("shape, scale", [((1, 8, 12), 0.5), ((1, 4, 4), 0.5), ((1, 4, 4), 1.5)])
 def test_the_logits_are_scaled_by_the_size_of_the_canvas(shape, scale) -> None:
     model, x = lavae(replace(CONFIG, logit_scale=scale), shape), images(2, shape)
@@ -236,6 +254,7 @@ def test_a_count_with_a_gradient_has_the_same_density() -> None:
 def test_inferred_scenes_by_hand() -> None:
     model, x = lavae(), images(3)
     model.location_net = peaks(FOUR[:1] + [[]] + FOUR[1:])
+    model.sprite_net = Marks([])  # black: its box is its window
     scene = model.infer(x, limit=4)
     assert scene.counts.tolist() == [4, 0, 1] and scene.size == (8, 12)
     assert scene.present.tolist() == [[True] * 4, [False] * 4, [True] + [False] * 3]
@@ -244,6 +263,7 @@ def test_inferred_scenes_by_hand() -> None:
     assert scene.where[2, 0].tolist() == [2.5, 2.5]
     assert scene.where[1].isnan().all() and scene.where[2, 1:].isnan().all()
     assert torch.equal(scene.boxes.isnan().all(-1), ~scene.present)
+    assert scene.boxes[0, :2].tolist() == [[8.5, 1.5, 5, 5], [3.5, 6.5, 5, 5]]
     # The mean of q(z_app) is the network's, of the crop round the place.
     padded = np.pad(x.numpy(), [(0, 0), (0, 0), (3, 3), (3, 3)])
     net = model.appearance_net
@@ -382,6 +402,19 @@ def test_peaks_have_no_ties_in_bfloat16() -> None:
     assert torch.allclose(rough, exact, atol=0.05 * exact.max().item())
     # bfloat16 has 256 values an octave, so 1024 such heights would be mostly ties.
     assert all(len(heights.unique()) > 900 for heights in rough.flatten(1))
+
+
+@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["fast", "paper"])
+def test_what_is_drawn_in_bfloat16_is_float32(config) -> None:
+    model, x = lavae(config), images(2)
+    exact, rough = [], []
+    for values, model.autocast in ((exact, False), (rough, True)):
+        torch.manual_seed(3)
+        guide, joint = traces(model, x, [2, 1])
+        values += [guide.nodes[name]["value"] for name in ("z_loc_0", "z_app_0", "z_app_1")]
+        assert joint.nodes["x"]["log_prob"].dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in exact + rough)
+    assert torch.allclose(exact[1], rough[1], atol=0.1) and not torch.equal(exact[1], rough[1])
 
 
 @pytest.mark.parametrize("name", ["sprite", "crop", "count_window", "blocked_window"])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.signal import convolve2d
 
 from pyro_scenes.distributions import one_hot
-from pyro_scenes.spatial import crops, find_peaks, place_sprites, windows
+from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, windows
 
 # H, W, side of the sprite: H != W, odd sides, a sprite that is larger than the canvas.
 CANVASES = [(6, 6, 3), (5, 8, 3), (9, 4, 5), (7, 7, 1), (3, 5, 7), (1, 6, 3)]
@@ -217,3 +217,14 @@ def test_peaks_by_hand() -> None:
     heights[3, 2, 3] = 2.0  # at the threshold is not above it
     assert find_peaks(heights, 2.0, 3).nonzero().tolist() == [
         [0, 0, 0], [0, 4, 6], [1, 2, 3], [2, 2, 3], [2, 2, 4]]
+
+
+def test_boxes_of_ink_by_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(40, 2, 5, 7, generator=generator) < 0.08
+    masks[..., 2, 3] |= ~masks.flatten(2).any(-1)  # at least one pixel
+    boxes = ink_boxes(masks)
+    assert boxes.shape == (40, 2, 4)
+    for box, mask in zip(boxes.view(-1, 4).tolist(), masks.view(-1, 5, 7).numpy()):
+        (top, bottom), (left, right) = ((i.min(), i.max() + 1) for i in mask.nonzero())
+        assert box == [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]

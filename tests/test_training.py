@@ -296,6 +296,22 @@ def test_a_configuration_survives_json(data) -> None:
         assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_steps_train_the_model_and_looks_do_not(data) -> None:
+    """Batch normalisation tells: its statistics move in steps, and do not in looks."""
+    # One object an image: batch normalisation refuses a batch with a single object.
+    trained = Run(
+        configured(data, "networks=paper", "sprite_width=6", "precision=float32",
+                   "one_object=9", "one_object_end=9"), "cpu",
+    )
+    tracked = [b for name, b in trained.model.named_buffers() if name.endswith("tracked")]
+    assert tracked and all(b == 0 for b in tracked)
+    for step in (1, 2):
+        trained.advance()
+        assert all(b == step for b in tracked)
+        trained.look()
+        assert all(b == step for b in tracked) and not trained.model.training
+
+
 # --- learning ------------------------------------------------------------------------------------
 
 

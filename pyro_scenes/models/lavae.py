@@ -90,7 +90,7 @@ class LAVAEConfig:
     sprite_hidden: tuple[int, ...] = (256, 320)  # hidden units of the sprite decoder (fast)
     logit_scale: float = 1.0  # gamma / log D; 0.5 in the paper
     count_threshold: float = 0.5  # f_count: heights above it count, in units of h_loc
-    count_softness: float = 0.3  # of the threshold in the gradient of f_count
+    count_softness: float = 0.3  # of the threshold in f_count's gradient; 0 for no gradient
     count_gain: float = 100.0  # limit of the log likelihood's part in that gradient, nats
     count_window: int = 9  # side of the window that a peak is the largest of, pixels, odd
     blocked_window: int = 13  # side of the window shut after a draw, pixels, odd; 1 as the paper
@@ -103,6 +103,7 @@ PAPER = LAVAEConfig(
     appearance_width=48,
     logit_scale=0.5,
     count_threshold=4.0,
+    count_softness=0.0,
     count_window=3,
     blocked_window=1,
     straight_through=False,
@@ -234,9 +235,9 @@ class LAVAE(SceneModel):
         config = self.config
         peaks = find_peaks(heights.detach(), 0.0, config.count_window)
         count = (peaks & (heights > config.count_threshold)).sum((-2, -1))  # (B,)
-        if self.temperature is None:
-            return Encoded(heights, count)
         count = count if extra is None else count + extra
+        if self.temperature is None or config.count_softness == 0:
+            return Encoded(heights, count)
         # Straight-through: the slope of f_count lies in the lowest peak that is drawn.
         candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
         highest = candidates.topk(min(config.max_objects, candidates.shape[1])).values
