@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from pyro_scenes import checkpoint
+from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.data import DATASETS, load
 from pyro_scenes.data.files import atomic_write
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.models import SceneModel
 
 CROWDED = 7  # objects in the test scenes of a number never trained on
 
@@ -56,11 +57,55 @@ def ship(
     }
     card = _card(content)
     folder.mkdir(exist_ok=True)
+    _draw(folder / f"{name}.png", loaded[0], mnist)
     checkpoint.save(folder / f"{name}.pt", config, loaded[0].model.cpu(), loaded[0].step)
     for suffix, text in ((".json", json.dumps(content, indent=1) + "\n"), (".md", card)):
         with atomic_write(folder / f"{name}{suffix}") as file:
             file.write(text.encode())
     return card
+
+
+def table(folder: Path = checkpoint.SHIPPED) -> str:
+    """A Markdown table of what has shipped, a row a checkpoint: means over its seeds."""
+    rows = [
+        f"| checkpoint | seeds | count right, 0-3 objects | {CROWDED} objects | -log p(x) <= |"
+        " training, minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        runs = content["runs"]
+        few, crowded = [r["few"] for r in runs], [r["crowded"] for r in runs]
+        minutes = statistics.mean(run["training_seconds"] for run in runs) / 60
+        rows.append(
+            f"| [{content['name']}](pyro_scenes/checkpoints/{content['name']}.md) | {len(runs)} |"
+            f" {_spread(few, 'count_accuracy', 4)} | {_spread(crowded, 'count_accuracy', 4)} |"
+            f" {_spread(few, 'nll', 1)} | {minutes:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def write_table(page: Path) -> None:
+    """Put the table between the two marks of a page. :raises UserError: if it lacks them."""
+    begin, end = "<!-- results: svi-ship --readme -->\n", "\n<!-- end of results -->"
+    text = page.read_text() if page.is_file() else ""
+    if begin not in text or end not in text:
+        raise UserError(f"{page} has no lines {begin.strip()} and {end.strip()}")
+    before, _, rest = text.partition(begin)
+    with atomic_write(page) as file:
+        file.write((before + begin + table() + end + rest.partition(end)[2]).encode())
+
+
+def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
+    """Inferred test scenes, half of them crowded."""
+    model = trained.model
+    assert isinstance(model, SceneModel)
+    data = trained.config.data
+    few = load(data, images=20, mnist=mnist)
+    assert few.counts is not None
+    crowded = load(data, images=2, objects=(CROWDED, CROWDED), mnist=mnist)
+    images = torch.cat([few.batch(few.counts.nonzero()[0][:4]), crowded.batch()])
+    plots.save(pictures.inference(model, images, math.inf), path)
 
 
 def _same_command(loaded: list[Checkpoint]) -> None:
@@ -89,7 +134,10 @@ def _measure(
         "training_seconds": round(trained.training["seconds"]),
         "machine": machine(),
         "few": evaluate(
-            trained.model, load(data, images=images, mnist=mnist), particles=particles
+            trained.model,
+            load(data, images=images, mnist=mnist),
+            particles=particles,
+            limit=math.inf,
         ),
         "crowded": evaluate(
             trained.model,
@@ -121,27 +169,29 @@ def machine() -> str:
 def _card(content: dict) -> str:
     runs = content["runs"]
     few, crowded = [r["few"] for r in runs], [r["crowded"] for r in runs]
+    columns = (
+        (few, "count_accuracy", 4),
+        (crowded, "count_accuracy", 4),
+        (few, "nll", 2),
+        (few, "nll_stderr", 2),
+        (few, "ari", 4),
+        (crowded, "ari", 4),
+    )
     rows = [
-        f"| {run['seed']} | {run['few']['count_accuracy']:.4f} |"
-        f" {run['crowded']['count_accuracy']:.4f} | {run['few']['nll']:.2f} +-"
-        f" {run['few']['nll_stderr']:.2f} | {run['few']['ari']:.4f} | {run['crowded']['ari']:.4f} |"
-        f" {run['training_seconds'] / 60:.1f} |"
-        for run in runs
-    ]
-    means = [
-        _spread(figures, key, digits)
-        for figures, key, digits in (
-            (few, "count_accuracy", 4),
-            (crowded, "count_accuracy", 4),
-            (few, "nll", 2),
-            (few, "ari", 4),
-            (crowded, "ari", 4),
+        "| " + " | ".join([str(run["seed"]), *cells, f"{run['training_seconds'] / 60:.1f}"]) + " |"
+        for run, *cells in zip(
+            runs,
+            *([_number(figure[key], digits) for figure in kind] for kind, key, digits in columns),
+            strict=True,
         )
     ]
+    means = [_spread(*column) for column in columns]
     train = content["settings"]["train"]
     return "\n".join(
         [
             f"# {content['name']}",
+            "",
+            f"![Inferred test scenes]({content['name']}.png)",
             "",
             f"Trained by `{content['command']}`: {train['steps']:,} steps of"
             f" {train['batch_size']} images; {content['parameters']:,} parameters. The weights are"
@@ -150,12 +200,12 @@ def _card(content: dict) -> str:
             f"Measured on {few[0]['images']:,} held-out scenes of the training's counts and"
             f" {crowded[0]['images']:,} of {CROWDED} objects, a number never trained on. The bound"
             f" on -log p(x), in nats per image, is with {few[0]['particles']} importance samples"
-            " and exact discrete masses; after +- its standard error over images. ARI is of the"
+            " and exact discrete masses; its standard error is over images. ARI is of the"
             " foreground.",
             "",
-            f"| seed | count right | count right, {CROWDED} objects | -log p(x) <= | ARI |"
-            f" ARI, {CROWDED} objects | training, minutes |",
-            "|---|---|---|---|---|---|---|",
+            f"| seed | count right | count right, {CROWDED} objects | -log p(x) <= | standard error |"
+            f" ARI | ARI, {CROWDED} objects | training, minutes |",
+            "|---|---|---|---|---|---|---|---|",
             *rows,
             f"| mean +- sd | {' | '.join(means)} | |",
             "",
@@ -165,7 +215,14 @@ def _card(content: dict) -> str:
     )
 
 
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def _spread(figures: list[dict], key: str, digits: int) -> str:
-    values = [figure[key] for figure in figures]
-    mean = f"{statistics.mean(values):.{digits}f}"
+    """Mean +- standard deviation over seeds."""
+    values = [figure[key] for figure in figures if figure[key] is not None]
+    if not values:
+        return "-"
+    mean = _number(statistics.mean(values), digits)
     return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

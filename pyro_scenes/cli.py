@@ -244,24 +244,31 @@ def bench(quick: bool, out: Path | None, device: str, force: bool) -> None:
 
 
 @click.command("svi-ship", cls=Command)
-@click.argument("name")
-@click.argument("runs", nargs=-1, required=True, type=FILE)
+@click.argument("name", required=False)
+@click.argument("runs", nargs=-1, type=FILE)
 @click.option("--images", metavar="N", type=click.IntRange(min=1), default=10_000,
               show_default=True, help="Test images of each kind.")
 @click.option("--particles", metavar="K", type=click.IntRange(min=1), default=100,
               show_default=True)
 @click.option("--out", type=FILE, metavar="DIR", help="Default: inside the package.")
+@click.option("--readme", type=FILE, metavar="FILE",
+              help="Put a table of all that has shipped into a page.")
 @mnist_option
 @device_option
 @version_option
-def ship(name: str, runs: tuple[Path, ...], images: int, particles: int, out: Path | None,
-         mnist: Path | None, device: str) -> None:
+def ship(name: str | None, runs: tuple[Path, ...], images: int, particles: int, out: Path | None,
+         readme: Path | None, mnist: Path | None, device: str) -> None:
     """Measure RUNS, one command's seeds, and ship the first one's weights as NAME with a card."""
     from pyro_scenes import cards
 
-    options = {"folder": out} if out else {}
-    click.echo(cards.ship(name, list(runs), images=images, particles=particles, mnist=mnist,
-                          device=device, **options))
+    if not readme and not (name and runs):
+        raise click.UsageError("give a NAME and RUNS, or --readme")
+    if name and runs:
+        folder = {"folder": out} if out else {}
+        click.echo(cards.ship(name, list(runs), images=images, particles=particles, mnist=mnist,
+                              device=device, **folder))
+    if readme:
+        cards.write_table(readme)
 
 
 @click.command("make-scenes", cls=Command)

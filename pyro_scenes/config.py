@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyro_scenes.data import DATASETS
 from pyro_scenes.errors import UserError
 from pyro_scenes.models import MODELS
@@ -41,6 +43,18 @@ TRAINING = {
         precision="float32",
         eval_every=1000,
     ),
+}
+
+
+# What would fail later, and less clearly, if it were smaller.
+LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"), 1),
+    **dict.fromkeys(("eval_images", "max_objects", "latent", "appearance_width"), 1),
+    **dict.fromkeys(("appearance_hidden", "sprite_hidden", "sprite_width"), 1),
+    **dict.fromkeys(("sprite", "crop", "count_window", "blocked_window"), 1),
+    "location_width": 2,
+    **dict.fromkeys(("temperature", "temperature_end", "logit_scale"), 1e-6),
+    **dict.fromkeys(("floor", "likelihood_floor"), 1e-7),
 }
 
 
@@ -113,6 +127,11 @@ def make_config(
         settings = [*settings, f"steps={steps}"]
     for setting in settings:
         config = _set(config, setting)
+    for part in RunConfig.parts:
+        for name, least in LEAST.items():
+            value = getattr(getattr(config, part), name, least)
+            if np.min(value) < least:
+                raise UserError(f"{name} must be at least {least:g}, not {value}")
     return config
 
 

@@ -145,7 +145,7 @@ class LAVAEObjective:
             nonlocal penalty, inferred
             extra = (torch.rand(len(x), device=x.device) < probed).long()
             encoded = model.encode(x, extra)
-            inferred = encoded.count.detach().sub(extra).mean().item()
+            inferred = (encoded.count.detach() - extra).float().mean().item()
             if target is not None:
                 # Per image, summed over pixels. In Pyro's terms a factor of the guide.
                 penalty = weight * (encoded.heights - target).square().sum()
@@ -188,6 +188,8 @@ class LAVAEObjective:
 
 def _blur(x: Tensor, deviation: float) -> Tensor:
     """Gaussian blur of (B, 1, H, W), zero beyond the edges."""
+    if deviation == 0:
+        return x
     reach = int(3 * deviation)
     offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets / deviation) ** 2)

@@ -151,13 +151,14 @@ class Run:
         with temporarily(self.model, autocast=self.bfloat16), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # said below
             figures = self.objective.backward(self.model, x, self.step)
-        if not math.isfinite(figures["loss"]):
-            raise UserError(
-                f"the loss is not finite at step {self.step + 1}: the last good checkpoint is"
-                " kept; resume with a new run and a lower learning rate, or look at the data"
-            )
-        if self.config.train.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        largest = self.config.train.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        for name, value in (("loss", figures["loss"]), ("gradient", float(norm))):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name} is not finite at step {self.step + 1}: the last good checkpoint"
+                    " is kept; try a new run with a lower learning rate, or look at the data"
+                )
         self.optimizer.step()
         self.step += 1
         return figures
@@ -239,9 +240,6 @@ def _data(config: RunConfig, mnist: Path | None) -> tuple[SceneData, SceneData]:
 def _check(settings: TrainConfig) -> None:
     if settings.optimizer not in OPTIMIZERS:
         raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)}")
-    for name in ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name} must be at least 1")
 
 
 def _bfloat16(precision: str, device: torch.device) -> bool:

@@ -184,7 +184,7 @@ class LAVAE(SceneModel):
                 with _if_present(i, n):
                     z_loc = pyro.sample(f"z_loc_{i}", self.location_prior(used))  # (B, D)
                     z_app = pyro.sample(f"z_app_{i}", self.appearance_prior())  # (B, L)
-                # The place that it took, of a relaxed one too: USED times its tails would swamp all.
+                # The place it took, of a relaxed one too: USED times its tails would swamp all.
                 used = used + one_hot(z_loc.detach().argmax(-1), used.shape[-1], used.dtype)
                 places.append(z_loc)
                 appearances.append(z_app)
