@@ -85,17 +85,6 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
     return "\n".join(rows)
 
 
-def write_table(page: Path) -> None:
-    """Put the table between the two marks of a page. :raises UserError: if it lacks them."""
-    begin, end = "<!-- results: svi-ship --readme -->\n", "\n<!-- end of results -->"
-    text = page.read_text() if page.is_file() else ""
-    if begin not in text or end not in text:
-        raise UserError(f"{page} has no lines {begin.strip()} and {end.strip()}")
-    before, _, rest = text.partition(begin)
-    with atomic_write(page) as file:
-        file.write((before + begin + table() + end + rest.partition(end)[2]).encode())
-
-
 def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
     """Inferred test scenes, half of them crowded."""
     model = trained.model
@@ -203,8 +192,8 @@ def _card(content: dict) -> str:
             " and exact discrete masses; its standard error is over images. ARI is of the"
             " foreground.",
             "",
-            f"| seed | count right | count right, {CROWDED} objects | -log p(x) <= | standard error |"
-            f" ARI | ARI, {CROWDED} objects | training, minutes |",
+            f"| seed | count right | count right, {CROWDED} objects | -log p(x) <= |"
+            f" standard error | ARI | ARI, {CROWDED} objects | training, minutes |",
             "|---|---|---|---|---|---|---|---|",
             *rows,
             f"| mean +- sd | {' | '.join(means)} | |",

@@ -228,10 +228,11 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, figure: P
 @click.command("svi-bench", cls=Command)
 @click.option("--quick", is_flag=True, help="Fewer and smaller measurements.")
 @click.option("--json", "out", type=FILE, metavar="FILE", help="Write the measurements.")
+@click.option("--readme", type=FILE, metavar="FILE", help="Put the table into a page.")
 @device_option
 @force_option
 @version_option
-def bench(quick: bool, out: Path | None, device: str, force: bool) -> None:
+def bench(quick: bool, out: Path | None, readme: Path | None, device: str, force: bool) -> None:
     """Time training and evaluation on this machine."""
     from pyro_scenes import bench as benchmarks
     from pyro_scenes import report
@@ -241,6 +242,8 @@ def bench(quick: bool, out: Path | None, device: str, force: bool) -> None:
     click.echo(benchmarks.table(result))
     if out:
         report.write_json(out, result)
+    if readme:
+        report.insert(readme, "svi-bench", f"```\n{benchmarks.table(result)}\n```")
 
 
 @click.command("svi-ship", cls=Command)
@@ -259,7 +262,7 @@ def bench(quick: bool, out: Path | None, device: str, force: bool) -> None:
 def ship(name: str | None, runs: tuple[Path, ...], images: int, particles: int, out: Path | None,
          readme: Path | None, mnist: Path | None, device: str) -> None:
     """Measure RUNS, one command's seeds, and ship the first one's weights as NAME with a card."""
-    from pyro_scenes import cards
+    from pyro_scenes import cards, report
 
     if not readme and not (name and runs):
         raise click.UsageError("give a NAME and RUNS, or --readme")
@@ -268,7 +271,7 @@ def ship(name: str | None, runs: tuple[Path, ...], images: int, particles: int, 
         click.echo(cards.ship(name, list(runs), images=images, particles=particles, mnist=mnist,
                               device=device, **folder))
     if readme:
-        cards.write_table(readme)
+        report.insert(readme, "svi-ship", cards.table())
 
 
 @click.command("make-scenes", cls=Command)

@@ -86,6 +86,21 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def insert(page: Path, command: str, text: str) -> None:
+    """Put what a command measured between its two marks in a page.
+
+    Raises:
+        UserError: the page lacks the marks.
+    """
+    begin, end = f"<!-- {command} --readme -->\n", f"\n<!-- end of {command} -->"
+    content = page.read_text() if page.is_file() else ""
+    if begin not in content or end not in content:
+        raise UserError(f"{page} has no lines {begin.strip()} and {end.strip()}")
+    before, _, rest = content.partition(begin)
+    with atomic_write(page) as file:
+        file.write((before + begin + text + end + rest.partition(end)[2]).encode())
+
+
 def finish(config: RunConfig, out: Path, device: str, mnist: Path | None) -> str:
     """Measure a trained run on held-out scenes and draw some into its folder.
 

@@ -138,11 +138,12 @@ def windows(places: Tensor, side: int, width: int) -> Tensor:
     :param places: (..., D) one-hot. :param side: odd, pixels. :return: (..., D) float of 0 and 1.
     """
     place = places.argmax(-1)
-    grid = torch.arange(places.shape[-1], device=places.device)
-    rows, columns = grid // width, grid % width
-    near_row = (rows - (place // width)[..., None]).abs() <= side // 2
-    near_column = (columns - (place % width)[..., None]).abs() <= side // 2
-    return (near_row & near_column).to(places.dtype)
+    columns = torch.arange(width, device=places.device)
+    rows = torch.arange(places.shape[-1] // width, device=places.device)
+    near_row = (rows - (place // width)[..., None]).abs() <= side // 2  # (..., H)
+    near_column = (columns - (place % width)[..., None]).abs() <= side // 2  # (..., W)
+    near = near_row.unsqueeze(-1) & near_column.unsqueeze(-2)  # (..., H, W)
+    return near.flatten(-2).to(places.dtype)
 
 
 def find_peaks(heights: Tensor, threshold: float, side: int) -> Tensor:

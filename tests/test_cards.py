@@ -69,10 +69,11 @@ def test_weights_without_their_training_cannot_ship(runs: list[Path], tmp_path: 
 
 def test_the_table_goes_between_its_marks(monkeypatch, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    marks = "<!-- results: svi-ship --readme -->\n{}\n<!-- end of results -->"
+    marks = "<!-- svi-ship --readme -->\n{}\n<!-- end of svi-ship -->"
     page.write_text(f"before\n{marks.format('old')}\nafter\n")
     monkeypatch.setattr(cards, "table", lambda: "new")
-    cards.write_table(page)
+    result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
+    assert result.exit_code == 0
     assert page.read_text() == f"before\n{marks.format('new')}\nafter\n"
     page.write_text("no marks")
     result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
