@@ -5,6 +5,7 @@ Everything a card says is read from runs and measured here; nothing is typed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,13 +17,12 @@ import torch
 
 from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.checkpoint import Checkpoint
+from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import DATASETS, load
-from pyro_scenes.data.files import atomic_write
+from pyro_scenes.data.files import atomic_write, write_json
 from pyro_scenes.errors import UserError
-from pyro_scenes.evaluate import evaluate
+from pyro_scenes.evaluate import CROWDED, evaluate
 from pyro_scenes.models import SceneModel
-
-CROWDED = 7  # objects in the test scenes of a number never trained on
 
 
 def ship(
@@ -49,8 +49,7 @@ def ship(
     config = loaded[0].config
     content = {
         "name": name,
-        "command": f"bin/svi-train --model {config.model} --data {config.data}"
-        f" --preset {config.preset} --seed SEED",
+        "command": _command(config),
         "settings": config.to_dict(),
         "parameters": sum(p.numel() for p in loaded[0].model.parameters()),
         "runs": entries,
@@ -59,16 +58,16 @@ def ship(
     folder.mkdir(exist_ok=True)
     _draw(folder / f"{name}.png", loaded[0], mnist)
     checkpoint.save(folder / f"{name}.pt", config, loaded[0].model.cpu(), loaded[0].step)
-    for suffix, text in ((".json", json.dumps(content, indent=1) + "\n"), (".md", card)):
-        with atomic_write(folder / f"{name}{suffix}") as file:
-            file.write(text.encode())
+    write_json(folder / f"{name}.json", content)
+    with atomic_write(folder / f"{name}.md") as file:
+        file.write(card.encode())
     return card
 
 
 def table(folder: Path = checkpoint.SHIPPED) -> str:
     """A Markdown table of what has shipped, a row a checkpoint: means over its seeds."""
     rows = [
-        f"| checkpoint | seeds | count right, 0-3 objects | {CROWDED} objects | -log p(x) <= |"
+        f"| checkpoint | seeds | count right, 0-3 objects | {CROWDED[0]} objects | -log p(x) <= |"
         " training, minutes |",
         "|---|---|---|---|---|---|",
     ]
@@ -92,9 +91,22 @@ def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
     data = trained.config.data
     few = load(data, images=20, mnist=mnist)
     assert few.counts is not None
-    crowded = load(data, images=2, objects=(CROWDED, CROWDED), mnist=mnist)
+    crowded = load(data, images=2, objects=CROWDED, mnist=mnist)
     images = torch.cat([few.batch(few.counts.nonzero()[0][:4]), crowded.batch()])
     plots.save(pictures.inference(model, images, math.inf), path)
+
+
+def _command(config: RunConfig) -> str:
+    """What trains such a run, with every setting that is not the preset's."""
+    usual = make_config(config.model, config.data, config.preset)
+    changed = [
+        f" --set {name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for part in RunConfig.parts
+        for name, value in vars(getattr(config, part)).items()
+        if value != getattr(getattr(usual, part), name)
+    ]
+    command = f"bin/svi-train --model {config.model} --data {config.data} --preset {config.preset}"
+    return command + "".join(changed) + " --seed SEED"
 
 
 def _same_command(loaded: list[Checkpoint]) -> None:
@@ -112,7 +124,8 @@ def _measure(
     run: Path, trained: Checkpoint, images: int, particles: int, mnist: Path | None
 ) -> dict:
     """One seed's entry; kept beside the run, so that measuring many can be interrupted."""
-    kept = run / f"figures-{images}x{particles}.json"
+    weights = hashlib.sha256(trained.path.read_bytes()).hexdigest()[:12]
+    kept = run / f"figures-{images}x{particles}-{weights}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     data = trained.config.data
@@ -130,13 +143,12 @@ def _measure(
         ),
         "crowded": evaluate(
             trained.model,
-            load(data, images=images, objects=(CROWDED, CROWDED), mnist=mnist),
+            load(data, images=images, objects=CROWDED, mnist=mnist),
             particles=0,
             limit=math.inf,
         ),
     }
-    with atomic_write(kept) as file:
-        file.write((json.dumps(entry, indent=1) + "\n").encode())
+    write_json(kept, entry)
     return entry
 
 
@@ -187,13 +199,13 @@ def _card(content: dict) -> str:
             f" those of seed {runs[0]['seed']}; every seed that was run is listed.",
             "",
             f"Measured on {few[0]['images']:,} held-out scenes of the training's counts and"
-            f" {crowded[0]['images']:,} of {CROWDED} objects, a number never trained on. The bound"
-            f" on -log p(x), in nats per image, is with {few[0]['particles']} importance samples"
-            " and exact discrete masses; its standard error is over images. ARI is of the"
+            f" {crowded[0]['images']:,} of {CROWDED[0]} objects, a number never trained on. The"
+            f" bound on -log p(x), in nats per image, is with {few[0]['particles']} importance"
+            " samples and exact discrete masses; its standard error is over images. ARI is of the"
             " foreground.",
             "",
-            f"| seed | count right | count right, {CROWDED} objects | -log p(x) <= |"
-            f" standard error | ARI | ARI, {CROWDED} objects | training, minutes |",
+            f"| seed | count right | count right, {CROWDED[0]} objects | -log p(x) <= |"
+            f" standard error | ARI | ARI, {CROWDED[0]} objects | training, minutes |",
             "|---|---|---|---|---|---|---|---|",
             *rows,
             f"| mean +- sd | {' | '.join(means)} | |",

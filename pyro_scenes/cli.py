@@ -143,6 +143,7 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import pictures, plots, report
     from pyro_scenes.data import load
+    from pyro_scenes.data.files import write_json
     from pyro_scenes.evaluate import evaluate as measure
 
     if list_them:
@@ -159,7 +160,7 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
     result = measure(model, scenes, particles=particles, seed=seed, limit=max_objects)
     click.echo(report.table({scenes.name: result}))
     if out:
-        report.write_json(out, result)
+        write_json(out, result)
     for path, figure in drawn.items():
         plots.save(figure, path)
 
@@ -203,6 +204,7 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, figure: P
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import pictures, plots, report
     from pyro_scenes.data import SceneData, save_npz
+    from pyro_scenes.data.files import write_json
     from pyro_scenes.evaluate import infer as find
 
     wanted = {"inference": figure, "traversal": traverse, "swap": swap}
@@ -220,7 +222,7 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, figure: P
                  for name, path in wanted.items() if path}
         if out:
             found, _ = find(pictures.with_objects(model), scenes, max_objects)
-            report.write_json(out, found.to_json())
+            write_json(out, found.to_json())
     for path, picture in drawn.items():
         plots.save(picture, path)
 
@@ -236,12 +238,13 @@ def bench(quick: bool, out: Path | None, readme: Path | None, device: str, force
     """Time training and evaluation on this machine."""
     from pyro_scenes import bench as benchmarks
     from pyro_scenes import report
+    from pyro_scenes.data.files import write_json
 
     report.claim([out], [], force)
     result = benchmarks.run(device, quick)
     click.echo(benchmarks.table(result))
     if out:
-        report.write_json(out, result)
+        write_json(out, result)
     if readme:
         report.insert(readme, "svi-bench", f"```\n{benchmarks.table(result)}\n```")
 

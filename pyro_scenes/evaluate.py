@@ -8,6 +8,7 @@ import time
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,6 +18,8 @@ from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
 BATCH = 256  # images inferred at a time
+# Objects in test scenes with more than any training scene has: the paper's test of generalisation.
+CROWDED = (7, 7)
 
 
 @torch.no_grad()
@@ -42,13 +45,9 @@ def _log_weights(model: GenerativeModel, x: Tensor, particles: int) -> Tensor:
     total = x.new_zeros(particles, len(x))
     for trace, sign in ((joint, 1.0), (guide, -1.0)):
         for site in trace.nodes.values():
-            if site["type"] == "sample" and not site_is_plate(site):
+            if site["type"] == "sample" and not site_is_subsample(site):
                 total = total + sign * site["log_prob"]
     return total
-
-
-def site_is_plate(site: dict) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
 
 
 def iwae(model: GenerativeModel, x: Tensor, particles: int, chunk: int = 1000) -> Tensor:

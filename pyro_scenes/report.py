@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,13 +12,11 @@ from pyro_scenes.config import RunConfig
 from pyro_scenes.data import DATASETS, SceneData, load, load_images, load_npz, split_held_out
 from pyro_scenes.data.files import atomic_write
 from pyro_scenes.errors import UserError
-from pyro_scenes.evaluate import evaluate
+from pyro_scenes.evaluate import CROWDED, evaluate
 from pyro_scenes.models import GenerativeModel
 
 # Held-out images and particles after a training: enough to see that it worked, in a short time.
 IMAGES, PARTICLES = 1000, 10
-# More objects than any training scene has: the paper's test of generalisation.
-CROWDED = (7, 7)
 
 
 def claim(
@@ -56,17 +53,6 @@ def read_images(model: GenerativeModel, paths: Sequence[Path]) -> SceneData:
         return data
     channels, height, width = model.image_shape
     return SceneData.from_images("images", load_images(paths, (height, width, channels)))
-
-
-def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
-    """Write JSON with one entry of the outermost dictionary or list a line."""
-    if isinstance(content, dict):
-        ends, lines = "{}", [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in content.items()]
-    else:
-        ends, lines = "[]", [json.dumps(entry) for entry in content]
-    text = f"{ends[0]}\n  " + ",\n  ".join(lines) + f"\n{ends[1]}\n"
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from pyro_scenes import checkpoint
 from pyro_scenes.config import RunConfig, TrainConfig
 from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
-from pyro_scenes.data.files import atomic_write
+from pyro_scenes.data.files import write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import look
 from pyro_scenes.objectives import OBJECTIVES, temporarily
@@ -53,19 +53,17 @@ def train(
     :raises KeyboardInterrupt: after the last step was saved.
     """
     path = out / checkpoint.FILE
-    going_on = resume and path.exists()
-    if going_on:
-        _same_settings(path, config)
-    elif path.exists() and not force:
+    kept = _resumable(path, config) if resume and path.exists() else None
+    if kept is None and path.exists() and not force:
         raise UserError(f"{out} holds a run already: use --resume, --force or another --out")
     run = Run(config, device, mnist)
-    if going_on:
-        run.restore(path)
+    if kept is not None:
+        run.restore(kept)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from error
-    _write_json(out / "config.json", config.to_dict())
+    write_json(out / "config.json", config.to_dict())
     run.loop(out, progress)
     return run.history
 
@@ -196,15 +194,11 @@ class Run:
             "history": self.history,
         }
         checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)
-        _write_json(out / "history.json", self.history)
+        write_json(out / "history.json", self.history)
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. :raises UserError: if it is another run's."""
-        _same_settings(path, self.config)
-        content = checkpoint.read(path)
+    def restore(self, content: dict) -> None:
+        """Go on from the content of a checkpoint of the same configuration."""
         training = content["training"]
-        if training is None:
-            raise UserError(f"{path} holds weights only and cannot be resumed")
         self.model.load_state_dict(content["model"])
         self.objective.modules.load_state_dict(training["modules"])
         self.optimizer.load_state_dict(training["optimizer"])
@@ -215,8 +209,10 @@ class Run:
         self.history = {k: (list(s), list(v)) for k, (s, v) in training["history"].items()}
 
 
-def _same_settings(path: Path, config: RunConfig) -> None:
-    kept = _flat(json.loads(checkpoint.read(path)["config"]))
+def _resumable(path: Path, config: RunConfig) -> dict:
+    """The content of a checkpoint. :raises UserError: if no run of ``config`` goes on from it."""
+    content = checkpoint.read(path)
+    kept = _flat(json.loads(content["config"]))
     now = _flat(json.loads(json.dumps(config.to_dict())))
     changed = sorted({name for name, _ in kept.items() ^ now.items()})
     if changed:
@@ -224,6 +220,9 @@ def _same_settings(path: Path, config: RunConfig) -> None:
             f"{path.parent} was trained with other settings ({', '.join(changed)}): resume with"
             " the same, or start anew with --force or another --out"
         )
+    if content["training"] is None:
+        raise UserError(f"{path} holds weights only and cannot be resumed")
+    return content
 
 
 def _data(config: RunConfig, mnist: Path | None) -> tuple[SceneData, SceneData]:
@@ -288,8 +287,3 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for known, previous in before.items():
             signal.signal(known, previous)
-
-
-def _write_json(path: Path, content: object) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())

@@ -43,6 +43,10 @@ def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path
         assert entry["crowded"]["nll"] is None and entry["crowded"]["data"] == "multi-dsprites"
         assert f"{entry['few']['nll']:.2f}" in card and entry["steps"] == 2
     assert (tmp_path / "tiny.md").read_text() == card
+    _, _, settings = content["command"].partition(" --preset fast ")
+    assert sorted(settings.removesuffix(" --seed SEED").split(" --set ")) == sorted(
+        ["--set steps=2", *TINY]
+    )
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     shipped = checkpoint.load(tmp_path / "tiny.pt")
     assert shipped.config.seed == 0 and shipped.training is None
@@ -50,6 +54,20 @@ def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path
         (value == checkpoint.load(runs[0]).model.state_dict()[name]).all()
         for name, value in shipped.model.state_dict().items()
     )
+
+
+def test_figures_of_other_weights_are_not_used_again(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    cards.ship("tiny", [run], folder=tmp_path / "first", images=2, particles=2, device="cpu")
+    shutil.copy(runs[1] / "checkpoint.pt", run)
+    cards.ship("tiny", [run], folder=tmp_path / "second", images=2, particles=2, device="cpu")
+    first, second = (
+        json.loads((tmp_path / name / "tiny.json").read_text())["runs"][0]
+        for name in ("first", "second")
+    )
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["few"]["nll"] != second["few"]["nll"]
 
 
 def test_runs_of_different_commands_do_not_share_a_card(runs: list[Path], tmp_path: Path) -> None:

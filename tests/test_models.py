@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_scenes import evaluate
@@ -96,7 +97,7 @@ def built(row: Row, seed: int = 0) -> GenerativeModel:
 def sites(trace: poutine.Trace) -> dict[str, dict]:
     return {
         name: site for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not evaluate.site_is_plate(site)
+        if site["type"] == "sample" and not site_is_subsample(site)
     }
 
 

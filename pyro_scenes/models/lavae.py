@@ -179,7 +179,7 @@ class LAVAE(SceneModel):
             n = pyro.sample("n", self.count_prior())  # (B,)
             used = x.new_zeros(*n.shape, size[0] * size[1])  # (B, D)
             places, appearances = [], []
-            steps = int(n.max()) if n.numel() else 0
+            steps = int(n.max())
             for i in pyro.markov(range(steps), history=max(steps, 1)):
                 with _if_present(i, n):
                     z_loc = pyro.sample(f"z_loc_{i}", self.location_prior(used))  # (B, D)
@@ -208,11 +208,9 @@ class LAVAE(SceneModel):
             nothing = torch.zeros(*n.shape, *shape, device=n.device)
             return nothing, nothing
         present, row, slot = _present(n, len(places))
-        z_loc = torch.stack([z.expand(*n.shape, -1) for z in places], -2)  # (..., M, D)
-        z_app = torch.stack([z.expand(*n.shape, -1) for z in appearances], -2)  # (..., M, L)
-        sprites = self.sprite_net(z_app[present])  # (P, C, S, S)
+        z_loc, z_app = _listed(present, places), _listed(present, appearances)  # (P, D), (P, L)
+        sprites = self.sprite_net(z_app)  # (P, C, S, S)
         size = (n.numel(), *shape[1:])
-        z_loc = z_loc[present]
         canvas = place_sprites(sprites, z_loc, row, size, self.slope)
         mean = without = canvas.view(*n.shape, *shape)
         if n.requires_grad:
@@ -256,7 +254,7 @@ class LAVAE(SceneModel):
             n = pyro.sample("n", dist.Delta(count))  # (B,)
             logits = self._logits(encoded)  # (B, D)
             places: list[Tensor] = []
-            steps = int(n.max()) if n.numel() else 0
+            steps = int(n.max())
             for i in pyro.markov(range(steps), history=max(steps, 1)):
                 with _if_present(i, n):
                     site = OneHotPlace(logits, self.temperature, self.config.straight_through)
@@ -285,11 +283,9 @@ class LAVAE(SceneModel):
         if not places:
             return []
         present, row, _ = _present(n, len(places))
-        z_loc = torch.stack([z.expand(*n.shape, -1) for z in places], -2)  # (..., M, D)
+        z_loc = _listed(present, places)  # (P, D)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            mean, log_variance = self.appearance_net(
-                x, z_loc[present], row % len(x)
-            )  # (P, L) each
+            mean, log_variance = self.appearance_net(x, z_loc, row % len(x))  # (P, L) each
         shape = *present.shape, self.config.latent
         means = mean.new_zeros(shape).masked_scatter(present.unsqueeze(-1), mean)
         # Bounded: one crop unlike all others must not overflow the exponential.
@@ -381,6 +377,12 @@ def _present(n: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     present = torch.arange(slots, device=n.device) < n[..., None]
     row, slot = present.reshape(-1, slots).nonzero(as_tuple=True)
     return present, row, slot
+
+
+def _listed(present: Tensor, values: list[Tensor]) -> Tensor:
+    """What the slots hold, M of (..., K), for the objects that are present: (P, K)."""
+    shape = *present.shape[:-1], -1
+    return torch.stack([value.expand(shape) for value in values], -2)[present]
 
 
 def _presence(i: Tensor | int, n: Tensor) -> Tensor:
