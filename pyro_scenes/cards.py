@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import platform
 import statistics
 from pathlib import Path
 
@@ -134,7 +132,7 @@ def _measure(
         "seed": trained.config.seed,
         "steps": trained.step,
         "training_seconds": round(trained.training["seconds"]),
-        "machine": machine(),
+        "machine": trained.training["machine"],
         "few": evaluate(
             trained.model,
             load(data, images=images, mnist=mnist),
@@ -150,21 +148,6 @@ def _measure(
     }
     write_json(kept, entry)
     return entry
-
-
-def machine() -> str:
-    """The kind of machine: processor, cores, accelerator, torch."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    parts = [processor, f"{os.cpu_count()} cores"]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
-    return ", ".join([*parts, f"torch {torch.__version__}"])
 
 
 def _card(content: dict) -> str:
@@ -210,7 +193,7 @@ def _card(content: dict) -> str:
             *rows,
             f"| mean +- sd | {' | '.join(means)} | |",
             "",
-            f"Trained and measured on: {'; '.join(sorted({run['machine'] for run in runs}))}.",
+            f"Trained on: {'; '.join(sorted({run['machine'] for run in runs}))}.",
             "",
         ]
     )

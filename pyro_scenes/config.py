@@ -49,6 +49,7 @@ TRAINING = {
 # What would fail later, and less clearly, if it were smaller.
 LEAST = {
     **dict.fromkeys(("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"), 1),
+    "location_every": 1,
     **dict.fromkeys(("eval_images", "max_objects", "latent", "appearance_width"), 1),
     **dict.fromkeys(("appearance_hidden", "sprite_hidden", "sprite_width"), 1),
     **dict.fromkeys(("sprite", "crop", "count_window", "blocked_window"), 1),

@@ -43,7 +43,7 @@ class OneHotPlace(TorchDistribution):
         logits = self.logits.expand(self._extended_shape(sample_shape))
         # Gumbel noise, -log(-log u), in place: this is where a draw's time goes.
         perturbed = logits - torch.rand_like(logits).log_().neg_().log_()
-        if self.temperature is None:
+        if self.temperature is None or (self.hard and not logits.requires_grad):
             return one_hot(perturbed.argmax(-1), logits.shape[-1], logits.dtype)
         soft = (perturbed / self.temperature).softmax(-1)
         if not self.hard:

@@ -62,12 +62,15 @@ class LAVAESchedule:
     temperature_end: float = 0.5
     temperature_steps: int = 1000
     slope: float = 5.0  # limit of the places' gradient, nats a pixel; 0 for none
+    reach: int = 5  # of that gradient round a drawn place, pixels; 0 for everywhere
     floor: float = 0.03  # of the Bernoulli means; falls to the model's own
     floor_begin: int = 600
     floor_end: int = 2400
     one_object: int = 150  # n is forced to 1 in all images up to this step,
     one_object_end: int = 200  # ever less often until this one,
     one_object_left: float = 0.0  # and this often from then on
+    location_every: int = 2  # the location map learns in one of so many steps,
+    location_settled: int = 1500  # from this one on
     probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
@@ -92,8 +95,11 @@ PAPER = LAVAESchedule(
     one_object=30_000,
     one_object_end=60_000,
     one_object_left=0.1,
+    location_every=1,
+    location_settled=0,
     probe=0.0,
     slope=0.0,
+    reach=0,
     warmup_full=30_000,
     warmup_end=60_000,
     warmup_weight=1.0,
@@ -138,13 +144,15 @@ class LAVAEObjective:
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
         probed = s.probe * (1 - linear(step, 0, self.steps))
+        located = step < s.location_settled or step % s.location_every == 0
         penalty = torch.zeros(())
         inferred = 0.0
 
         def guide(x: Tensor) -> None:
             nonlocal penalty, inferred
             extra = (torch.rand(len(x), device=x.device) < probed).long()
-            encoded = model.encode(x, extra)
+            with torch.set_grad_enabled(located):
+                encoded = model.encode(x, extra)
             inferred = (encoded.count.detach() - extra).float().mean().item()
             if target is not None:
                 # Per image, summed over pixels. In Pyro's terms a factor of the guide.
@@ -157,7 +165,12 @@ class LAVAEObjective:
         temperature = falling(step, s.temperature, s.temperature_end, 0, s.temperature_steps)
         floor = falling(step, s.floor, model.config.likelihood_floor, s.floor_begin, s.floor_end)
         with (
-            temporarily(model, temperature=temperature, slope=s.slope / len(x) or None),
+            temporarily(
+                model,
+                temperature=temperature,
+                slope=s.slope / len(x) or None,
+                reach=s.reach or None,
+            ),
             temporarily(model.likelihood, floor=floor),
             poutine.scale(scale=1 / len(x)),
         ):

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_scenes.distributions import USED, one_hot
 from pyro_scenes.models.lavae import LAVAE, NEAR, Encoded
 from pyro_scenes.priors import LearnedCount
-from pyro_scenes.spatial import place_sprites, windows
+from pyro_scenes.spatial import crops, place_sprites, windows
 
 LOG_2_PI = math.log(2 * math.pi)
 
@@ -113,20 +113,31 @@ def log_joint(model: LAVAE, x: Tensor, objects: Objects) -> Tensor:
         return log_count + _log_image(model, x, x.new_zeros(x.shape))
     sprites = model.sprite_net(objects.appearances)
     size = batch, height, width
-    mean = place_sprites(sprites, objects.places, objects.image, size, model.slope)
+    mean = place_sprites(
+        sprites, objects.places, objects.image, size, model.slope, model.reach
+    )
     log_image = _log_image(model, x, mean)
-    if objects.presence.requires_grad:
-        with torch.no_grad():
-            last = slot == n[objects.image] - 1
-            alone = place_sprites(
-                sprites[last], objects.places[last], objects.image[last], size
-            )
-            gain = log_image - _log_image(model, x, mean - alone)
-            gain = gain.clamp(-model.config.count_gain, model.config.count_gain)
-        # 0, with the slope of n.
-        surplus = (objects.presence - objects.presence.detach()) * gain[objects.image]
-        log_objects = log_objects + surplus
-    return (log_count + log_image).index_add(0, objects.image, log_objects)
+    if model.reach is None and not objects.presence.requires_grad:
+        return (log_count + log_image).index_add(0, objects.image, log_objects)
+    # Zeros with slopes: of n, in the last object, and of places that are not worth log D.
+    gain = _gain(model, x, mean, sprites, objects)
+    last = slot == n[objects.image] - 1
+    slopes = torch.where(last, (objects.presence - objects.presence.detach()) * gain, 0.0)
+    if model.reach is not None:
+        near = windows(objects.places, 2 * model.reach + 1, width)
+        mass = (objects.places * near).sum(-1)
+        slopes = slopes + (mass - mass.detach()) * (gain - math.log(height * width)).clamp(max=0)
+    return (log_count + log_image).index_add(0, objects.image, log_objects + slopes)
+
+
+@torch.no_grad()
+def _gain(model: LAVAE, x: Tensor, mean: Tensor, sprites: Tensor, objects: Objects) -> Tensor:
+    """What each object adds to the log likelihood, in its window, (P,) nats, limited."""
+    place, side = objects.places.argmax(-1), sprites.shape[-1]
+    seen, painted = (crops(image, place, side, objects.image) for image in (x, mean))
+    with_it = _log_image(model, seen, painted)
+    gain = with_it - _log_image(model, seen, (painted - sprites).clamp(min=0.0))
+    return gain.clamp(-model.config.count_gain, model.config.count_gain)
 
 
 def _log_image(model: LAVAE, x: Tensor, mean: Tensor) -> Tensor:

@@ -6,13 +6,20 @@ sprites have odd sides, so that they have a centre pixel.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def place_sprites(
-    sprites: Tensor, places: Tensor, image: Tensor, size: tuple, slope: float | None = None
+    sprites: Tensor,
+    places: Tensor,
+    image: Tensor,
+    size: tuple,
+    slope: float | None = None,
+    reach: int | None = None,
 ) -> Tensor:
     """Convolve each sprite with its place and add up the objects of each image (LAVAE, eq. 4).
 
@@ -23,9 +30,11 @@ def place_sprites(
     :param slope: limit of the canvas's gradient, each value, on its way to the places alone. The
         gradient of a one-hot place is a linearisation: an ink pixel that no sprite covers has
         slope 1 / mean, which for a mean near 0 is far more than covering it would ever gain.
+    :param reach: where all places are one-hot, their gradient is taken at so many pixels round
+        each alone, less that at the place itself. Farther away it is 0, as at the place.
     :return: (B, C, H, W); parts of a sprite beyond the canvas are cut.
     """
-    return _Place.apply(sprites, places, image, size, slope)
+    return _Place.apply(sprites, places, image, size, slope, reach)
 
 
 class _Place(torch.autograd.Function):
@@ -36,11 +45,11 @@ class _Place(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, sprites, places, image, size, slope):
+    def forward(ctx, sprites, places, image, size, slope, reach):
         batch, height, width = size
         count, channels, side, _ = sprites.shape
         hard = bool((places.detach().amax(-1) == 1).all())
-        ctx.size, ctx.slope, ctx.hard = size, slope, hard
+        ctx.size, ctx.slope, ctx.reach, ctx.hard = size, slope, reach, hard
         ctx.save_for_backward(sprites, places, image)
         if not hard:
             maps = places.view(count, 1, height, width)
@@ -69,10 +78,12 @@ class _Place(torch.autograd.Function):
                 grad_sprites = _correlate(around, maps)[..., :side, :side]
         if ctx.needs_input_grad[1]:
             limited = grad if ctx.slope is None else grad.clamp(-ctx.slope, ctx.slope)
-            around = F.pad(limited, (half,) * 4)
-            summed = _correlate(around, sprites, image)[..., :height, :width]
-            grad_places = summed.reshape(count, height * width)
-        return grad_sprites, grad_places, None, None, None
+            if ctx.hard and ctx.reach is not None:
+                grad_places = _near_scores(limited, sprites, image, places, ctx.reach)
+            else:
+                grad_places = _scores(limited, sprites, image)
+            grad_places = grad_places.reshape(count, height * width)
+        return grad_sprites, grad_places, None, None, None, None
 
 
 def _convolve(a: Tensor, b: Tensor) -> Tensor:
@@ -81,13 +92,44 @@ def _convolve(a: Tensor, b: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(a, s=size) * torch.fft.rfft2(b, s=size), s=size)
 
 
-def _correlate(a: Tensor, b: Tensor, image: Tensor | None = None) -> Tensor:
-    """Valid correlation of a with b, first corner; with ``image``, of a[image], channels summed."""
+def _correlate(a: Tensor, b: Tensor) -> Tensor:
+    """Valid correlation of a with b, first corner, by FFT."""
     size = [_fast(a.shape[i]) for i in (-2, -1)]
     first, second = torch.fft.rfft2(a, s=size), torch.fft.rfft2(b, s=size).conj()
-    if image is None:
-        return torch.fft.irfft2(first * second, s=size)
-    return torch.fft.irfft2((first[image] * second).sum(1), s=size)
+    return torch.fft.irfft2(first * second, s=size)
+
+
+def _scores(canvas: Tensor, sprites: Tensor, image: Tensor) -> Tensor:
+    """Correlation of each sprite with its image's canvas, centred on each place, (P, H, W).
+
+    By FFT. Half a sprite of zeros is enough between one edge and, round the circle, the other.
+    """
+    height, width = canvas.shape[-2:]
+    half = sprites.shape[-1] // 2
+    size = [_fast(max(side + half, 2 * half + 1)) for side in (height, width)]
+    canvas = torch.view_as_real(torch.fft.rfft2(canvas, s=size))
+    # Real numbers are copied several times faster than complex ones.
+    spectrum = torch.view_as_complex(canvas.index_select(0, image))  # (P, C, ., .)
+    spectrum.mul_(torch.fft.rfft2(sprites, s=size).conj())
+    scores = torch.fft.irfft2(spectrum.sum(1), s=size)
+    return scores.roll((half, half), (-2, -1))[..., :height, :width]
+
+
+def _near_scores(
+    canvas: Tensor, sprites: Tensor, image: Tensor, places: Tensor, reach: int
+) -> Tensor:
+    """The same within reach of each place, less the score at the place; elsewhere 0, (P, H, W)."""
+    height, width = canvas.shape[-2:]
+    place, side = places.argmax(-1), 2 * reach + 1
+    around = crops(canvas, place, sprites.shape[-1] + 2 * reach, image)
+    scores = _correlate(around, sprites)[..., :side, :side].sum(1, keepdim=True)  # (P, 1, ., .)
+    scores = scores - scores[..., reach, None, reach, None]
+    padded = height + 2 * reach, width + 2 * reach
+    maps = scores.new_zeros(len(place) * padded[0] * padded[1])
+    index = _window_index(place, torch.arange(len(place), device=place.device), 1, side, width,
+                          padded)
+    maps.index_add_(0, index.flatten(), scores.flatten())
+    return _crop(maps.view(-1, *padded), reach, height, width)
 
 
 def _fast(size: int) -> int:
@@ -152,9 +194,19 @@ def find_peaks(heights: Tensor, threshold: float, side: int) -> Tensor:
     :param heights: (B, H, W). :param side: odd, pixels. :return: (B, H, W) bool.
     """
     # A square's maximum is the maximum of its rows' maxima.
-    rows = F.max_pool2d(heights.unsqueeze(1), (1, side), stride=1, padding=(0, side // 2))
-    highest = F.max_pool2d(rows, (side, 1), stride=1, padding=(side // 2, 0)).squeeze(1)
+    highest = _running_max(_running_max(heights, side).mT, side).mT
     return (heights >= highest) & (heights > threshold)
+
+
+def _running_max(x: Tensor, side: int) -> Tensor:
+    """Maximum over windows of the last dimension, by doubling: cheaper than pooling by far."""
+    length = x.shape[-1]
+    x = F.pad(x, (side // 2, side // 2), value=-math.inf)
+    reach = 1
+    while 2 * reach <= side:
+        x = torch.maximum(x[..., :-reach], x[..., reach:])
+        reach *= 2
+    return torch.maximum(x[..., :length], x[..., side - reach :])
 
 
 def ink_boxes(ink: Tensor) -> Tensor:

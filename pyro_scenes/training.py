@@ -30,6 +30,7 @@ from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
 from pyro_scenes.data.files import write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import look
+from pyro_scenes.machine import described
 from pyro_scenes.objectives import OBJECTIVES, temporarily
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
@@ -100,6 +101,7 @@ class Run:
         self.bfloat16 = _bfloat16(settings.precision, self.device)
         self.step = 0
         self.seconds = 0.0
+        self.machine = described(self.device)
         self.history: History = {}
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -191,6 +193,7 @@ class Run:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "seconds": self.seconds,
+            "machine": self.machine,
             "history": self.history,
         }
         checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)

@@ -118,6 +118,7 @@ def test_the_gradients_of_a_step_are_the_objectives(
         LAVAESchedule(
             one_object=0, one_object_end=0, warmup_full=0, warmup_end=0,
             temperature=0.7, temperature_end=0.7, floor_begin=0, floor_end=0,
+            location_every=1, reach=2,
         ),
         model, step,
     )  # fmt: skip
@@ -128,7 +129,8 @@ def test_the_gradients_of_a_step_are_the_objectives(
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(state)
     torch.rand(len(x)), torch.rand(len(x))  # which images are probed, and forced to one object
-    with temporarily(model, slope=objective.schedule.slope / len(x)):
+    schedule = objective.schedule
+    with temporarily(model, slope=schedule.slope / len(x), reach=schedule.reach):
         encoded = model.encode(x)
         loss = -plain.elbo(model, x, encoded, next_noise(model, encoded)).mean()
         loss.backward()

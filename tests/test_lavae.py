@@ -14,6 +14,7 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import log_weights
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
 from pyro_scenes.scene import Scene
+from pyro_scenes.spatial import crops, place_sprites
 
 CONFIG = LAVAEConfig(
     max_objects=3, latent=2, sprite=5, crop=7, location_width=8, location_blocks=1,
@@ -430,3 +431,42 @@ def test_unsuitable_settings_and_sizes_are_refused() -> None:
         LAVAE(CONFIG, (3, 8, 10))
     with pytest.raises(UserError, match="multiples of 4"):
         lavae().infer(images(1, (3, 10, 8)))
+
+
+def test_the_slopes_are_what_objects_are_worth() -> None:
+    """Against whole canvases drawn with and without each object; some hang over the edge."""
+    model = lavae(replace(CONFIG, count_gain=40.0))
+    model.reach = 2
+    x = (torch.rand(2, *SHAPE) < 0.4).float()
+    image, places = torch.tensor([0, 0, 1]), [(0, 1), (3, 4), (5, 11)]
+    z_loc = torch.stack([one_hot(torch.tensor(r * 12 + c), 96) for r, c in places])
+    z_loc.requires_grad_()
+    n = torch.tensor([2.0, 1.0], requires_grad=True)
+    sprites = torch.rand(3, 3, 5, 5)
+    seen = crops(x, torch.tensor([1, 40, 71]), 5, image)
+    sprites[0], sprites[1] = 0.05 + 0.9 * seen[0], 0.95 - 0.9 * seen[1]  # one fits, one does not
+    sprites[2] = 0.3 - 0.3 * seen[2]
+    canvas = place_sprites(sprites, z_loc, image, (2, *SHAPE[1:]))
+    whole = model.likelihood(canvas).log_prob(x)
+    worth = []
+    for i, b in enumerate(image):
+        others = [j for j in range(3) if j != i]
+        rest = place_sprites(sprites[others], z_loc[others], image[others], (2, *SHAPE[1:]))
+        worth.append((whole - model.likelihood(rest).log_prob(x))[b].item())
+    assert worth[0] > 40 and worth[1] < -40 < worth[2] < math.log(96)  # all sides seen
+    slopes = model._slopes(x, n, canvas, sprites, z_loc, image, torch.tensor([0, 1, 0]))
+    assert slopes.tolist() == [0.0, 0.0]
+    of_n, of_places = torch.autograd.grad(slopes.sum(), (n, z_loc))
+    assert of_n.tolist() == pytest.approx([-40.0, worth[2]], rel=1e-4)
+    for i, (r, c) in enumerate(places):
+        lost = min(0.0, max(-40.0, min(40.0, worth[i])) - math.log(96))
+        expected = torch.zeros(8, 12)
+        expected[max(0, r - 2):r + 3, max(0, c - 2):c + 3] = lost
+        torch.testing.assert_close(of_places[i].view(8, 12), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_there_are_no_slopes_but_in_a_training() -> None:
+    model = lavae()
+    z_loc = one_hot(torch.tensor([3]), 96)
+    x, sprites, row = torch.zeros(1, *SHAPE), torch.rand(1, 3, 5, 5), torch.tensor([0])
+    assert model._slopes(x, torch.tensor([1]), x, sprites, z_loc, row, row) is None

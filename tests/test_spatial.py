@@ -155,6 +155,27 @@ def test_a_slope_limits_what_reaches_the_places_alone(hard) -> None:
     assert torch.allclose(for_places, torch.autograd.grad((free * limited).sum(), places)[0])
 
 
+@pytest.mark.parametrize("height, width, side", CANVASES)
+@pytest.mark.parametrize("reach", [0, 1, 3])
+def test_a_reach_keeps_the_gradient_near_the_place_and_0_at_it(height, width, side, reach) -> None:
+    sprites, place, image = objects(height, width, side)
+    places = one_hot(place, height * width, torch.float64).requires_grad_()
+    outer = torch.randn(3, 2, height, width, dtype=torch.float64)
+    size = (3, height, width)
+    canvas = place_sprites(sprites, places, image, size, 0.5, reach)
+    (ours,) = torch.autograd.grad((canvas * outer).sum(), places)
+    free = dense(sprites, places, image, size)
+    assert torch.allclose(canvas, free)
+    (far,) = torch.autograd.grad((free * outer.clamp(-0.5, 0.5)).sum(), places)
+    expected = torch.zeros_like(far)
+    for i, at in enumerate(place.tolist()):
+        for d in range(height * width):
+            rows, columns = abs(d // width - at // width), abs(d % width - at % width)
+            if max(rows, columns) <= reach:
+                expected[i, d] = far[i, d] - far[i, at]
+    assert torch.allclose(ours, expected, atol=1e-12)
+
+
 def test_float32_stays_float32() -> None:
     sprites, place, image = objects(6, 6, 3, dtype=torch.float32)
     for places in (one_hot(place, 36), relaxed_places(10, 36).float()):

@@ -66,7 +66,7 @@ from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import SceneModel
 from pyro_scenes.priors import LearnedCount, StandardNormal, UniformPlaces
 from pyro_scenes.scene import Scene
-from pyro_scenes.spatial import find_peaks, ink_boxes, place_sprites, windows
+from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, windows
 
 # A place within the window of an earlier one is shut to the guide, yet preferred to the place
 # itself: on a canvas smaller than the window there would be nowhere else to go.
@@ -91,7 +91,7 @@ class LAVAEConfig:
     logit_scale: float = 1.0  # gamma / log D; 0.5 in the paper
     count_threshold: float = 0.5  # f_count: heights above it count, in units of h_loc
     count_softness: float = 0.3  # of the threshold in f_count's gradient; 0 for no gradient
-    count_gain: float = 100.0  # limit of the log likelihood's part in that gradient, nats
+    count_gain: float = 100.0  # limit of what an object is worth to gradients, nats
     count_window: int = 9  # side of the window that a peak is the largest of, pixels, odd
     blocked_window: int = 13  # side of the window shut after a draw, pixels, odd; 1 as the paper
     straight_through: bool = True  # hard places in training
@@ -153,6 +153,7 @@ class LAVAE(SceneModel):
         self.config, self.image_shape = config, image_shape
         self.temperature: float | None = None  # of the places' gradient; a training sets it
         self.slope: float | None = None  # limits that gradient, see place_sprites; likewise
+        self.reach: int | None = None  # of that gradient round a place, pixels; likewise
         self.autocast = False  # inference networks in bfloat16; a training may set it
         for name in ("sprite", "crop", "count_window", "blocked_window"):
             if getattr(config, name) % 2 == 0:
@@ -188,37 +189,62 @@ class LAVAE(SceneModel):
                 used = used + one_hot(z_loc.detach().argmax(-1), used.shape[-1], used.dtype)
                 places.append(z_loc)
                 appearances.append(z_app)
-            mean, last = self._paint(n, places, appearances, (x.shape[1], *size))
+            if not places:
+                pyro.sample("x", self.likelihood(torch.zeros(*n.shape, *x.shape[1:]).to(x)), obs=x)
+                return
+            # Sprites are decoded for objects that are there.
+            present, row, slot = _present(n, steps)
+            where, what = _listed(present, places), _listed(present, appearances)  # (P, D), (P, L)
+            sprites = self.sprite_net(what)  # (P, C, S, S)
+            shape = n.numel(), *size
+            canvas = place_sprites(sprites, where, row, shape, self.slope, self.reach)
+            mean = canvas.view(*n.shape, *x.shape[1:])  # lambda of eq. 4
             pyro.sample("x", self.likelihood(mean), obs=x)
-            if n.requires_grad:
-                # Nothing but a slope for n: the log likelihood with the last object less without.
-                with torch.no_grad():
-                    gain = self.likelihood(mean).log_prob(x) - self.likelihood(last).log_prob(x)
-                limit = self.config.count_gain
-                pyro.factor("slope of n", (n - n.detach()) * gain.clamp(-limit, limit))
+            slopes = self._slopes(x, n, canvas, sprites, where, row, slot)
+            if slopes is not None:
+                pyro.factor("slopes", slopes)
 
-    def _paint(
-        self, n: Tensor, places: list, appearances: list, shape: tuple
-    ) -> tuple[Tensor, Tensor]:
-        """lambda of eq. 4, (..., C, H, W), and the same without the last object of each image.
+    def _slopes(
+        self, x: Tensor, n: Tensor, mean: Tensor, sprites: Tensor, z_loc: Tensor, row: Tensor,
+        slot: Tensor,
+    ) -> Tensor | None:
+        """Zeros like n, with the slopes that n and places get from what objects are worth.
 
-        Sprites are decoded for objects that are there; the second is made only if n has a slope.
+        An object is worth the log likelihood with it less that without it, by difference. The
+        last one's is the slope of n. One that is not worth its place, log D nats, slopes against
+        its neighbourhood; to those that are, all objects of an image are alike.
         """
-        if not places:
-            nothing = torch.zeros(*n.shape, *shape, device=n.device)
-            return nothing, nothing
-        present, row, slot = _present(n, len(places))
-        z_loc, z_app = _listed(present, places), _listed(present, appearances)  # (P, D), (P, L)
-        sprites = self.sprite_net(z_app)  # (P, C, S, S)
-        size = (n.numel(), *shape[1:])
-        canvas = place_sprites(sprites, z_loc, row, size, self.slope)
-        mean = without = canvas.view(*n.shape, *shape)
+        placed = self.reach is not None and z_loc.requires_grad
+        if not n.requires_grad and not placed:
+            return None
+        gain = self._gain(x, mean, sprites, z_loc, row)
+        slopes = gain.new_zeros(n.numel())
         if n.requires_grad:
-            with torch.no_grad():
-                last = slot == n.flatten()[row] - 1
-                alone = place_sprites(sprites[last], z_loc[last], row[last], size)
-                without = mean - alone.view(*n.shape, *shape)
-        return mean, without
+            last = slot == n.flatten()[row] - 1
+            zero = (n - n.detach()).flatten()[row[last]]
+            slopes = slopes.index_add(0, row[last], zero * gain[last])
+        if placed:
+            assert self.reach is not None
+            near = windows(z_loc, 2 * self.reach + 1, x.shape[-1])  # (P, D)
+            mass = (z_loc * near).sum(-1)
+            lost = (gain - math.log(z_loc.shape[-1])).clamp(max=0.0)
+            slopes = slopes.index_add(0, row, (mass - mass.detach()) * lost)
+        return slopes.view(n.shape)
+
+    @torch.no_grad()
+    def _gain(self, x: Tensor, mean: Tensor, sprite: Tensor, z_loc: Tensor, row: Tensor) -> Tensor:
+        """What each object is worth, (P,), nats, limited by ``count_gain`` on both sides.
+
+        :param x: (B, C, H, W). :param mean: (R, C, H, W) of all rows, with the objects.
+        :param sprite: (P, C, S, S). :param z_loc: (P, D) one-hot. :param row: (P,) long, of R.
+        """
+        place, side = z_loc.argmax(-1), sprite.shape[-1]
+        seen = crops(x, place, side, row % len(x))  # (P, C, S, S), as the following
+        painted = crops(mean, place, side, row)
+        # Beyond the canvas nothing was painted, nor seen: both means are 0 there.
+        without = (painted - sprite).clamp(min=0.0)
+        gain = self.likelihood(painted).log_prob(seen) - self.likelihood(without).log_prob(seen)
+        return gain.clamp(-self.config.count_gain, self.config.count_gain)
 
     # --- the guide --------------------------------------------------------------------------
 
@@ -234,7 +260,7 @@ class LAVAE(SceneModel):
         peaks = find_peaks(heights.detach(), 0.0, config.count_window)
         count = (peaks & (heights > config.count_threshold)).sum((-2, -1))  # (B,)
         count = count if extra is None else count + extra
-        if self.temperature is None or config.count_softness == 0:
+        if self.temperature is None or config.count_softness == 0 or not heights.requires_grad:
             return Encoded(heights, count)
         # Straight-through: the slope of f_count lies in the lowest peak that is drawn.
         candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
