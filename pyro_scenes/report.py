@@ -9,7 +9,7 @@ from typing import Any
 
 from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.config import RunConfig
-from pyro_scenes.data import DATASETS, SceneData, load, load_images, load_npz, split_held_out
+from pyro_scenes.data import DATASETS, SceneData, load, load_npz, load_pngs, split_held_out
 from pyro_scenes.data.files import atomic_write
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import CROWDED, evaluate
@@ -49,10 +49,10 @@ def read_images(model: GenerativeModel, paths: Sequence[Path]) -> SceneData:
     """
     if len(paths) == 1 and paths[0].suffix == ".npz":
         data = load_npz(paths[0])
-        model.check(data.batch(slice(0, 1)))
-        return data
-    channels, height, width = model.image_shape
-    return SceneData.from_images("images", load_images(paths, (height, width, channels)))
+    else:
+        data = SceneData.from_images("images", load_pngs(paths, model.image_shape[0]))
+    model.check(data.batch(slice(0, 1)))
+    return data
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:

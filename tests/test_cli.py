@@ -101,6 +101,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         Image.new("RGB", (32, 32)).save("fits.png")
         Image.new("RGB", (40, 32)).save("wide.png")
+        Image.new("RGB", (33, 32)).save("odd.png")
         Path("broken.png").write_bytes(Path("fits.png").read_bytes()[:40])
         Path("empty").mkdir()
         for kept in ("kept.json", "kept.png", "kept.npz", "inference.png"):
@@ -174,7 +175,8 @@ BAD = [
     ("svi-infer run empty --out new.json", "empty"),
     ("svi-infer run grey.npz --out new.json", "3 channels"),
     ("svi-infer run odd.npz --out new.json", "multiples"),
-    ("svi-infer run wide.png --out new.json", "wide.png"),
+    ("svi-infer run fits.png wide.png --out new.json", "wide.png"),
+    ("svi-infer run odd.png --out new.json", "multiples of 4"),
     ("svi-infer run fits.png broken.png --out new.json", "broken.png"),
     ("svi-infer run data.npz --out kept.json", "kept.json"),
     ("svi-infer run data.npz --figure kept.png", "kept.png"),
@@ -236,6 +238,12 @@ def test_training_on_data_by_name_also_shows_crowded_scenes(
     assert (folder / "runs" / "lavae-multi-dsprites-seed2" / "inference.png").exists()
     rows = [line.split()[:3] for line in result.stdout.splitlines()]
     assert ["0-3", "objects", "2"] in rows and ["7", "objects", "2"] in rows
+
+
+def test_objects_are_found_in_png_files_of_another_size(folder: Path) -> None:
+    succeeded("svi-infer run wide.png wide.png --max-objects 99 --out new.json --figure new.png")
+    found = json.loads((folder / "new.json").read_text())
+    assert len(found) == 2 and found[0] == found[1]
 
 
 def test_force_replaces_a_run(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Images for inference from npz and PNG files."""
+"""Images for inference from PNG files."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pyro_scenes.data import load_images, make, save_npz
+from pyro_scenes.data import load_pngs
 from pyro_scenes.errors import UserError
 
 GREY = np.arange(20, dtype=np.uint8).reshape(4, 5) * 12
@@ -21,34 +21,25 @@ def test_colour_and_grey_in_the_order_of_names(tmp_path):
     save(tmp_path / "b.png", COLOUR)
     save(tmp_path / "a.PNG", GREY)
     (tmp_path / "notes.txt").write_text("no image")
-    images = load_images([tmp_path], (4, 5, 3))
+    images = load_pngs([tmp_path], 3)
     assert images.dtype == np.uint8 and images.shape == (2, 4, 5, 3)
     assert np.array_equal(images[0], np.repeat(GREY[..., None], 3, -1))
     assert np.array_equal(images[1], COLOUR)
-    files = load_images([tmp_path / "b.png", tmp_path / "a.PNG"], (4, 5, 3))
+    files = load_pngs([tmp_path / "b.png", tmp_path / "a.PNG"], 3)
     assert np.array_equal(files, images[::-1])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L"])
 def test_grey_wanted(tmp_path, mode):
-    images = load_images([save(tmp_path / "a.png", GREY, mode)], (4, 5, 1))
+    images = load_pngs([save(tmp_path / "a.png", GREY, mode)], 1)
     assert np.array_equal(images[0, ..., 0], GREY)
 
 
 def test_two_colours_and_palette(tmp_path):
     bits = np.where(GREY > 100, 255, 0).astype(np.uint8)
     for mode in ("1", "P"):
-        images = load_images([save(tmp_path / "a.png", bits, mode)], (4, 5, 3))
+        images = load_pngs([save(tmp_path / "a.png", bits, mode)], 3)
         assert np.array_equal(images[0, ..., 1], bits)
-
-
-def test_npz(tmp_path):
-    data = make("multi-dsprites", 4)
-    save_npz(tmp_path / "scenes.npz", data)
-    images = load_images([tmp_path / "scenes.npz"], (64, 64, 3))
-    assert np.array_equal(images, data.images())
-    with pytest.raises(UserError, match="64 x 64 x 3 .*; 64 x 64 x 1 is needed"):
-        load_images([tmp_path / "scenes.npz"], (64, 64, 1))
 
 
 def test_refusals_are_one_line(tmp_path):
@@ -71,7 +62,8 @@ def test_refusals_are_one_line(tmp_path):
         (["whole.png", "missing.npz"], "does not exist"),
     ]:
         with pytest.raises(UserError, match=message) as error:
-            load_images([tmp_path / path for path in paths], (64, 64, 3))
+            load_pngs([tmp_path / path for path in paths], 3)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="64 x 64 pixels .*; 32 x 48 is needed"):
-        load_images([whole], (32, 48, 3))
+    wide = save(tmp_path / "wide.png", np.zeros((32, 48, 3), np.uint8))
+    with pytest.raises(UserError, match="wide.png is 32 x 48 and .*whole.png is 64 x 64 pixels"):
+        load_pngs([whole, wide], 3)

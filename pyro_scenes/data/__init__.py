@@ -2,7 +2,7 @@
 
 from pyro_scenes.data.generator import DatasetSpec
 from pyro_scenes.data.npz import load_npz, save_npz
-from pyro_scenes.data.png import load_images
+from pyro_scenes.data.png import load_pngs
 from pyro_scenes.data.registry import DATASETS, load, make
 from pyro_scenes.data.scene_data import SceneData, split_held_out
 
@@ -11,7 +11,7 @@ __all__ = [
     "DatasetSpec",
     "SceneData",
     "load",
-    "load_images",
+    "load_pngs",
     "load_npz",
     "make",
     "save_npz",

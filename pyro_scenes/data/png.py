@@ -1,4 +1,4 @@
-"""Images to look at: one npz file, PNG files, or a folder of them."""
+"""Images to look at: PNG files and folders of them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pyro_scenes.data.npz import load_npz
 from pyro_scenes.errors import UserError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
 
 
-def load_images(paths: Sequence[str | Path], shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 (N, H, W, C) of the `shape` (H, W, C) wanted.
+def load_pngs(paths: Sequence[str | Path], channels: int) -> np.ndarray:
+    """uint8 (N, H, W, C) of PNG files, all of one size.
 
     Args:
-        paths: one npz file; or PNG files and folders, whose *.png are taken in order of name.
-            PNGs are turned to grey (C = 1, luma) or colour (C = 3); an npz must match.
+        paths: files, and folders whose *.png are taken in order of name.
+        channels: C; pixels are turned to grey (1, luma) or colour (3).
 
     Raises:
-        UserError: nothing there, an unreadable file, another size or an npz of other channels.
+        UserError: nothing there, an unreadable file, or files of different sizes.
     """
-    if len(paths) == 1 and Path(paths[0]).suffix == ".npz":
-        data = load_npz(paths[0])
-        if data.shape != shape:
-            raise UserError(f"{paths[0]} has images of {_size(data.shape)} (height x width x "
-                            f"channels); {_size(shape)} is needed")
-        return data.images()
     files: list[Path] = []
     for path in map(Path, paths):
         found = [path]
@@ -40,28 +33,30 @@ def load_images(paths: Sequence[str | Path], shape: tuple[int, int, int]) -> np.
         files += found
     if not files:
         raise UserError("no images given; give an npz file, PNG files or a folder of them")
-    return np.stack([_read_png(file, shape) for file in files])
+    images: list[np.ndarray] = []
+    for file in files:
+        images.append(_read_png(file, channels))
+        if images[-1].shape != images[0].shape:
+            raise UserError(f"{file} is {_size(images[-1])} and {files[0]} is {_size(images[0])} "
+                            "pixels (height x width): give images of one size at a time")
+    return np.stack(images)
 
 
-def _read_png(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    height, width, channels = shape
+def _read_png(path: Path, channels: int) -> np.ndarray:
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if image.size != (width, height):
-                raise UserError(f"{path} is {image.height} x {image.width} pixels (height x "
-                                f"width); {height} x {width} is needed")
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
                 raise UserError(f"{path} has pixels of mode {image.mode}; save it with 8 bits a "
                                 "channel")
             pixels = np.asarray(image.convert(MODES[channels]))
+            return pixels.reshape(image.height, image.width, channels)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is no PNG file; give an npz file or PNG files") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read ({error}); save it again as PNG") from None
-    return pixels.reshape(shape)
 
 
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+def _size(image: np.ndarray) -> str:
+    return " x ".join(map(str, image.shape[:2]))
