@@ -143,24 +143,24 @@ class LAVAEObjective:
                 self.elbo.loss_and_grads(self.auxiliary.model, self.auxiliary.guide, x)
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
-        probed = s.probe * (1 - linear(step, 0, self.steps))
+        probe = s.probe * (1 - linear(step, 0, self.steps))
         located = step < s.location_settled or step % s.location_every == 0
         penalty = torch.zeros(())
         inferred = 0.0
 
         def guide(x: Tensor) -> None:
             nonlocal penalty, inferred
-            extra = (torch.rand(len(x), device=x.device) < probed).long()
+            probed = torch.rand(len(x), device=x.device) < probe
             with torch.set_grad_enabled(located):
-                encoded = model.encode(x, extra)
-            inferred = (encoded.count.detach() - extra).float().mean().item()
+                encoded = model.encode(x, probed)
+            inferred = (encoded.count.detach() - probed.float()).mean().item()
             if target is not None:
                 # Per image, summed over pixels. In Pyro's terms a factor of the guide.
                 penalty = weight * (encoded.heights - target).square().sum()
                 pyro.factor("warmup", penalty, has_rsample=True)
             alone = torch.rand(len(x), device=x.device) < forced
             count = torch.where(alone, 1, encoded.count)
-            model.guide(x, Encoded(encoded.heights, count))
+            model.guide(x, Encoded(encoded.heights, count, probed & ~alone))
 
         temperature = falling(step, s.temperature, s.temperature_end, 0, s.temperature_steps)
         floor = falling(step, s.floor, model.config.likelihood_floor, s.floor_begin, s.floor_end)

@@ -470,3 +470,22 @@ def test_there_are_no_slopes_but_in_a_training() -> None:
     z_loc = one_hot(torch.tensor([3]), 96)
     x, sprites, row = torch.zeros(1, *SHAPE), torch.rand(1, 3, 5, 5), torch.tensor([0])
     assert model._slopes(x, torch.tensor([1]), x, sprites, z_loc, row, row) is None
+
+
+def test_a_probe_takes_the_next_lower_peak() -> None:
+    """Where an ordinary draw would be lost in the background."""
+    model = lavae(replace(CONFIG, logit_scale=1.0, count_threshold=0.5), shape=(3, 32, 32))
+    heights = torch.full((400, 32, 32), 0.1)
+    heights[:, 4, 5], heights[:, 20, 21] = 3.0, 0.45
+    model.location_net = Seen(heights)
+    x = torch.zeros(400, 3, 32, 32)
+    probed = torch.arange(400) < 200
+    encoded = model.encode(x, probed)
+    assert encoded.count.tolist() == [2] * 200 + [1] * 200
+    both = Encoded(heights, torch.full((400,), 2), probed)
+    trace = poutine.trace(model.guide).get_trace(x, both)
+    first, second = (place_of(trace, slot) for slot in (0, 1))
+    assert (first == 4 * 32 + 5).float().mean() > 0.95
+    hit = (second == 20 * 32 + 21).float()
+    # The peak's odds are 1024 ** (0.35 * sharpness) to about 1,000.
+    assert hit[:200].mean() > 0.95 and hit[200:].mean() < 0.1

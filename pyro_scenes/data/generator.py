@@ -1,4 +1,4 @@
-"""Scenes of binary sprites on a black canvas: what the generated data sets share."""
+"""What the generated data sets share, and scenes of binary sprites on a black canvas."""
 
 from __future__ import annotations
 
@@ -60,18 +60,19 @@ class Sprites:
         return np.broadcast_to(cell, self.ink_box.shape) if self.keep_cell else self.ink_box
 
 
+# Makes CHUNK scenes from draws, the fewest and most objects, the folder with MNIST if any, and
+# whether a segmentation is wanted: the arrays of SceneData, and attributes, by name.
+Maker = Callable[[Draws, int, int, Path | None, bool], dict[str, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set that can be generated.
-
-    With 3 channels each object also has a colour: `colour` 1..7, whose bits 0, 1 and 2 are red,
-    green and blue.
-    """
+    """A data set that can be generated."""
 
     name: str
     shape: tuple[int, int, int]  # H, W, C
     class_names: tuple[str, ...]
-    sprites: Callable[[Path | None], Sprites]  # given the folder with MNIST, if any
+    scenes: Maker
     objects: tuple[int, int] = (0, 3)  # fewest and most
     sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 190_000, "test": 10_000})
 
@@ -90,13 +91,11 @@ class DatasetSpec:
             raise UserError(f"unknown stream {stream!r}; one of {', '.join(STREAMS)}")
         if not 0 <= seed < 2**64:
             raise UserError(f"seed {seed}: give a whole number from 0 to 2**64 - 1")
-        height, width, channels = self.shape
-        sprites = self.sprites(mnist)
         key = (zlib.crc32(self.name.encode()), STREAMS[stream], low, high)
         made: dict[str, np.ndarray] = {}
         for start in range(0, images, CHUNK):
             draws = Draws(seed, (*key, start // CHUNK))
-            for name, values in self._chunk(draws, sprites, low, high, segmentation).items():
+            for name, values in self.scenes(draws, low, high, mnist, segmentation).items():
                 if name not in made:
                     made[name] = np.empty((images, *values.shape[1:]), values.dtype)
                 made[name][start:start + CHUNK] = values[:images - start]
@@ -105,10 +104,21 @@ class DatasetSpec:
         return SceneData(self.name, self.shape, made.pop("pixels"), attributes=made,
                          class_names=self.class_names, **known)
 
-    def _chunk(
-        self, draws: Draws, sprites: Sprites, low: int, high: int, segmentation: bool
+
+def sprite_scenes(
+    pool: Callable[[Path | None], Sprites], shape: tuple[int, int, int]
+) -> Maker:
+    """Scenes of binary sprites from a pool, which overlap nothing.
+
+    With 3 channels each object also has a colour: `colour` 1..7, whose bits 0, 1 and 2 are red,
+    green and blue.
+    """
+    height, width, channels = shape
+
+    def scenes(
+        draws: Draws, low: int, high: int, mnist: Path | None, segmentation: bool
     ) -> dict[str, np.ndarray]:
-        height, width, channels = self.shape
+        sprites = pool(mnist)
         counts = low + draws.below(high - low + 1, CHUNK)
         colour = 1 + draws.below(2**channels - 1, (CHUNK, high))
         chosen, centres = place(draws, sprites.room, counts, high, height, width)
@@ -134,6 +144,8 @@ class DatasetSpec:
         if channels > 1:
             made["colour"] = np.where(present, colour, -1)
         return made
+
+    return scenes
 
 
 def render(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyro_scenes.data.generator import DatasetSpec, Sprites
+from pyro_scenes.data.generator import DatasetSpec, Sprites, sprite_scenes
 
 CELL = 19  # pixels: the largest sprite's width and height
 SHAPES = ("square", "ellipse", "triangle")
@@ -43,4 +43,5 @@ def outline_distance(shape: np.ndarray, scale: np.ndarray, angle: np.ndarray) ->
     return np.choose(shape[:, None, None], [square, ellipse, triangle])
 
 
-SPEC = DatasetSpec("multi-dsprites", (64, 64, 3), SHAPES, sprites)
+SIZE = (64, 64, 3)
+SPEC = DatasetSpec("multi-dsprites", SIZE, SHAPES, sprite_scenes(sprites, SIZE))

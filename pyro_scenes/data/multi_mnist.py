@@ -1,4 +1,8 @@
-"""Multi-MNIST (LAVAE paper, section 3.1): binary digits of 15 x 15 pixels."""
+"""Multi-MNIST, of two papers.
+
+LAVAE's (section 3.1): binary digits of 15 x 15 pixels on 64 x 64. AIR's and Discrete-AIR's (section
+3.2): grey digits of many sizes on 50 x 50.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pyro_scenes.data.generator import DatasetSpec, Sprites
+from pyro_scenes.data.generator import CHUNK, DatasetSpec, Maker, Sprites, sprite_scenes
 from pyro_scenes.data.mnist import read_mnist
+from pyro_scenes.data.multi_sprites import ink_box
+from pyro_scenes.data.placing import Draws
+from pyro_scenes.errors import UserError
 
 CELL = 15  # pixels: a digit's width and height, margins included
 
@@ -39,5 +46,123 @@ def sprites(mnist: Path | None, pool: int) -> Sprites:
 
 
 DIGITS = tuple("0123456789")
-SPEC_1K = DatasetSpec("multi-mnist-1k", (64, 64, 1), DIGITS, partial(sprites, pool=1_000))
-SPEC_10K = DatasetSpec("multi-mnist-10k", (64, 64, 1), DIGITS, partial(sprites, pool=10_000))
+SIZE = (64, 64, 1)
+SPEC_1K, SPEC_10K = (
+    DatasetSpec(name, SIZE, DIGITS, sprite_scenes(partial(sprites, pool=pool), SIZE))
+    for name, pool in (("multi-mnist-1k", 1_000), ("multi-mnist-10k", 10_000))
+)
+
+# --- grey digits of many sizes ----------------------------------------------------------------
+
+CANVAS = 50  # pixels
+# How many times smaller a digit gets. AIR's users know a normal variable of mean 1.3 and standard
+# deviation 0.1; this uniform one has both.
+SHRINK = 1.3 - 0.1 * 3**0.5, 1.3 + 0.1 * 3**0.5
+WINDOW = 27  # pixels, odd: holds the largest digit wherever its centre is in the middle pixel
+TRIES = 1000  # of one object, before a scene is given up
+INK = 64  # of 255: what counts as the object's in its box and in the segmentation
+
+
+def grey_scenes(split: str) -> Maker:
+    """Scenes of digits of MNIST's `split`; attributes `x`, `y`, `shrink` and `digit` (its index).
+
+    Each digit in turn gets a uniform size and a uniform centre that keeps its 28 x 28 tile, made
+    smaller, on the canvas, and is drawn again, as are the two, while it overlaps an earlier one:
+    while some pixel's ink would add up to more than white, as in the data that AIR's users know.
+    """
+
+    def scenes(
+        draws: Draws, low: int, high: int, mnist: Path | None, segmentation: bool
+    ) -> dict[str, np.ndarray]:
+        images, labels = _digits(split, mnist)
+        counts = low + draws.below(high - low + 1, CHUNK)
+        kind, digit = (np.full((CHUNK, high), -1) for _ in range(2))
+        x, y, shrink = (np.full((CHUNK, high), np.nan) for _ in range(3))
+        canvas = np.zeros((CHUNK, CANVAS + 2 * WINDOW, CANVAS + 2 * WINDOW), np.uint8)
+        label = np.zeros_like(canvas) if segmentation else None
+        boxes = np.full((CHUNK, high, 4), np.nan, np.float32)
+        window = np.arange(WINDOW) - WINDOW // 2
+        for slot in range(high):
+            todo = np.flatnonzero(counts > slot)
+            for _ in range(TRIES):
+                if not len(todo):
+                    break
+                digit[todo, slot] = draws.below(len(images), len(todo))
+                part = draws.unit((3, len(todo)))
+                factor = SHRINK[0] + (SHRINK[1] - SHRINK[0]) * part[0]
+                half = 14 / factor
+                cx, cy = half + (CANVAS - 2 * half) * part[1:]
+                x[todo, slot], y[todo, slot], shrink[todo, slot] = cx, cy, factor
+                column, row = np.floor(cx).astype(int), np.floor(cy).astype(int)
+                ink = shrunk(
+                    images, digit[todo, slot], factor,
+                    window + (column + 0.5 - cx)[:, None], window + (row + 0.5 - cy)[:, None])
+                index = (todo[:, None, None], (row[:, None] + WINDOW + window)[:, :, None],
+                         (column[:, None] + WINDOW + window)[:, None, :])
+                clear = (255 - canvas[index] >= ink).all((1, 2))
+                done, ink = todo[clear], ink[clear]
+                index = tuple(part[clear] for part in index)
+                if label is not None:
+                    mine = (ink >= INK) & (ink > canvas[index])
+                    label[index] = np.where(mine, slot + 1, label[index])
+                canvas[index] += ink
+                boxes[done, slot] = ink_box(
+                    ink >= INK, column[clear] - WINDOW // 2, row[clear] - WINDOW // 2)
+                todo = todo[~clear]
+            if len(todo):
+                raise UserError(f"{high} digits do not fit on {CANVAS} x {CANVAS} pixels; ask for"
+                                " fewer")
+        present = digit >= 0
+        kind[present] = labels[digit[present]]
+        inside = slice(WINDOW, WINDOW + CANVAS)
+        made = {
+            "pixels": canvas[:, inside, inside, None],
+            "counts": counts,
+            "categories": kind,
+            "boxes": boxes,
+            "digit": digit,
+        }
+        if label is not None:
+            made["segmentation"] = label[:, inside, inside]
+        for name, values in (("x", x), ("y", y), ("shrink", shrink)):
+            made[name] = values.astype(np.float32)
+        return made
+
+    return scenes
+
+
+@lru_cache(maxsize=2)
+def _digits(split: str, mnist: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Digits with a margin of two empty pixels, uint8 (n, 32, 32), and their labels (n,)."""
+    images, labels = read_mnist(split, mnist)
+    return np.pad(images, ((0, 0), (2, 2), (2, 2))), labels.astype(np.int64)
+
+
+def shrunk(
+    images: np.ndarray, digit: np.ndarray, factor: np.ndarray, dx: np.ndarray, dy: np.ndarray
+) -> np.ndarray:
+    """Digits made `factor` times smaller, bilinear, uint8 (n, W, W).
+
+    images: uint8 (N, 32, 32). digit, factor: (n,).
+    dx, dy: (n, W) columns and rows of pixel centres from the digit's centre.
+    """
+    sides = []
+    for offset in (dy, dx):
+        # Beyond the tile there is margin alone.
+        source = np.clip(offset * factor[:, None] + 15.5, 0, 30.999)
+        first = source.astype(int)
+        sides.append((first, source - first))
+    (row, below), (column, right) = sides
+    row, below = row[:, :, None], below[:, :, None]
+    column, right = column[:, None, :], right[:, None, :]
+    at = digit[:, None, None]
+    upper = images[at, row, column] * (1 - right) + images[at, row, column + 1] * right
+    lower = images[at, row + 1, column] * (1 - right) + images[at, row + 1, column + 1] * right
+    return np.rint(upper * (1 - below) + lower * below).astype(np.uint8)
+
+
+GREY = (CANVAS, CANVAS, 1)
+SPEC_GREY = DatasetSpec("multi-mnist", GREY, DIGITS, grey_scenes("train"), objects=(0, 2),
+                        sizes={"train": 50_000, "test": 10_000})
+SPEC_NEW_DIGITS = DatasetSpec("multi-mnist-new-digits", GREY, DIGITS, grey_scenes("test"),
+                              objects=(0, 2), sizes={"test": 10_000})

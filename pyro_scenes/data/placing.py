@@ -13,7 +13,7 @@ NOWHERE = (10**6, 10**6, -10**6, -10**6)
 
 
 class Draws:
-    """Uniform integers whose values depend on the seed and key alone.
+    """Uniform numbers whose values depend on the seed and key alone.
 
     Made from the raw 64-bit output of PCG64, which numpy promises never to change (it makes no
     such promise for Generator's methods), so data are the same bytes on every machine.
@@ -26,6 +26,11 @@ class Draws:
         """int64 array of `size`, uniform over 0..limit - 1 up to a bias of limit / 2**32."""
         raw = self._source.random_raw(int(np.prod(size))).reshape(size) >> np.uint64(32)
         return ((raw * np.asarray(limit, np.uint64)) >> np.uint64(32)).astype(np.int64)
+
+    def unit(self, size: int | tuple[int, ...]) -> np.ndarray:
+        """float64 array of `size`, uniform over [0, 1)."""
+        raw = self._source.random_raw(int(np.prod(size))).reshape(size)
+        return (raw >> np.uint64(11)) * 2.0**-53
 
 
 def place(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyro_scenes.data import multi_dsprites, multi_mnist
+from pyro_scenes.data import multi_dsprites, multi_mnist, multi_sprites
 from pyro_scenes.data.generator import DatasetSpec
 from pyro_scenes.data.npz import load_npz
 from pyro_scenes.data.scene_data import SceneData
@@ -12,7 +12,10 @@ from pyro_scenes.errors import UserError
 
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
-    for spec in (multi_dsprites.SPEC, multi_mnist.SPEC_1K, multi_mnist.SPEC_10K)
+    for spec in (
+        multi_dsprites.SPEC, multi_mnist.SPEC_1K, multi_mnist.SPEC_10K,
+        multi_sprites.SPEC, multi_mnist.SPEC_GREY, multi_mnist.SPEC_NEW_DIGITS,
+    )
 }
 
 
@@ -28,7 +31,7 @@ def make(
 
     Args:
         objects: fewest and most objects a scene, both included, each count equally likely;
-            None is the data set's own range, 0 to 3.
+            None is the data set's own range, 0 to 3 or 0 to 2.
         mnist: the folder with MNIST's files, for the data sets made from it; see `mnist.py`.
 
     Raises:

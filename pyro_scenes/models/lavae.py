@@ -37,9 +37,14 @@ Where the fast preset leaves the paper, and why:
 - f_count has a gradient, straight-through: what the last object drawn adds to the bound (its
   log likelihood by difference, not by slope) lifts or lowers the lowest peak that was counted.
   Otherwise nothing in the bound would mind a second peak on an object, nor lift an object that
-  fell below the threshold. A training probes images with one object more than was counted.
+  fell below the threshold. A training probes images with one object more than was counted, at
+  the next lower peak.
 - Peaks are the largest of a window wider than 3 x 3: it counts better while they are wide.
 - z_loc is one-hot in training too (straight-through): soft places smear sprites over objects.
+- The gradient of a drawn place compares it with its neighbourhood alone; an object that is not
+  worth its place, by difference, pushes that neighbourhood down. Compared with places all over the
+  image, which the other objects take already, one object's peak outgrew the others', and grew a
+  second peak on its slope.
 - q(z_app | z_loc, x) reads a crop round the place, instead of a map over the whole image that is
   then looked up at n places; the sprite decoder is fully connected. Both cost a fraction a step.
 - The background's mean is a small floor, not 0: one stray pixel would cost infinitely much.
@@ -71,6 +76,8 @@ from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, win
 # A place within the window of an earlier one is shut to the guide, yet preferred to the place
 # itself: on a canvas smaller than the window there would be nowhere else to go.
 NEAR = USED / 100
+# How much sharper the place of a probe is than other places.
+PROBE = 5.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ class Encoded:
 
     heights: Tensor  # (B, H, W), h_loc
     count: Tensor  # (B,) f_count(h_loc): long, or float with a gradient in training
+    probed: Tensor | None = None  # (B,) bool: the last object is one more than f_count's
 
 
 class LAVAE(SceneModel):
@@ -248,10 +256,10 @@ class LAVAE(SceneModel):
 
     # --- the guide --------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, extra: Tensor | None = None) -> Encoded:
+    def encode(self, x: Tensor, probed: Tensor | None = None) -> Encoded:
         """h_loc and f_count(h_loc) (eq. 7), once for all particles.
 
-        :param extra: (B,) long, objects to draw beyond those counted, for a training to probe.
+        :param probed: (B,) bool, images to draw one object more in than counted, in a training.
         """
         self.check(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
@@ -259,16 +267,16 @@ class LAVAE(SceneModel):
         config = self.config
         peaks = find_peaks(heights.detach(), 0.0, config.count_window)
         count = (peaks & (heights > config.count_threshold)).sum((-2, -1))  # (B,)
-        count = count if extra is None else count + extra
+        count = count if probed is None else count + probed
         if self.temperature is None or config.count_softness == 0 or not heights.requires_grad:
-            return Encoded(heights, count)
+            return Encoded(heights, count, probed)
         # Straight-through: the slope of f_count lies in the lowest peak that is drawn.
         candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
         highest = candidates.topk(min(config.max_objects, candidates.shape[1])).values
         lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None]).squeeze(1)
         soft = ((lowest - config.count_threshold) / config.count_softness).sigmoid()
         soft = torch.where(count > 0, soft, 0.0)
-        return Encoded(heights, count + (soft - soft.detach()))
+        return Encoded(heights, count + (soft - soft.detach()), probed)
 
     @pyro_method
     def guide(self, x: Tensor, encoded: Encoded | None = None) -> None:
@@ -282,8 +290,13 @@ class LAVAE(SceneModel):
             places: list[Tensor] = []
             steps = int(n.max())
             for i in pyro.markov(range(steps), history=max(steps, 1)):
+                here = logits
+                if encoded.probed is not None:
+                    # The next lower peak, which all of the background would outweigh.
+                    last = encoded.probed & (i == n.detach() - 1)
+                    here = torch.where(last[:, None], PROBE * logits, logits)
                 with _if_present(i, n):
-                    site = OneHotPlace(logits, self.temperature, self.config.straight_through)
+                    site = OneHotPlace(here, self.temperature, self.config.straight_through)
                     z_loc = pyro.sample(f"z_loc_{i}", site)  # (B, D)
                 logits = self._shut(logits, z_loc, x.shape[-1])
                 places.append(z_loc)

@@ -1,0 +1,122 @@
+"""Multi-Sprites (Discrete-AIR paper, section 3.1 and appendix F): grey, antialiased shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pyro_scenes.data.generator import CHUNK, DatasetSpec
+from pyro_scenes.data.placing import Draws
+from pyro_scenes.errors import UserError
+
+SHAPES = ("square", "triangle", "ellipse")
+SIDE = 64  # pixels of the canvas
+# Diameters of the circumscribed circle, pixels; the paper's figure 4 shows 0.17 to 0.31 of the
+# canvas.
+SMALLEST, LARGEST = 11.0, 20.0
+# Centres are at least so many times the sum of the two radii apart.
+APART = 0.9
+TRIES = 1000  # of one object, before a scene is given up
+WINDOW = 23  # pixels, odd: holds the largest shape wherever its centre is in the middle pixel
+INK = 128  # of 255: what counts as the object's in its box and in the segmentation
+
+
+def scenes(
+    draws: Draws, low: int, high: int, mnist: Path | None, segmentation: bool
+) -> dict[str, np.ndarray]:
+    """A chunk of scenes; attributes `x`, `y`, `size` in pixels and `angle` in radians.
+
+    Each object in turn gets a uniform shape, size, angle (0 to 2 pi, clockwise as displayed) and
+    a uniform centre that keeps it on the canvas, all drawn again until it is clear of the
+    earlier ones. At size s a square has the diagonal s, an equilateral triangle the circumscribed
+    circle's diameter s, an ellipse the axes s and 0.6 s.
+
+    Raises:
+        UserError: so many objects do not fit.
+    """
+    counts = low + draws.below(high - low + 1, CHUNK)
+    kind = np.full((CHUNK, high), -1)
+    x, y, size, angle = (np.full((CHUNK, high), np.nan) for _ in range(4))
+    for slot in range(high):
+        todo = np.flatnonzero(counts > slot)
+        for _ in range(TRIES):
+            if not len(todo):
+                break
+            kind[todo, slot] = draws.below(len(SHAPES), len(todo))
+            part = draws.unit((4, len(todo)))
+            size[todo, slot] = SMALLEST + (LARGEST - SMALLEST) * part[0]
+            angle[todo, slot] = 2 * np.pi * part[1]
+            radius = size[todo, slot] / 2
+            x[todo, slot], y[todo, slot] = radius + (SIDE - 2 * radius) * part[2:]
+            apart = np.hypot(x[todo, :slot] - x[todo, slot, None],
+                             y[todo, :slot] - y[todo, slot, None])
+            needed = APART * (size[todo, :slot] / 2 + radius[:, None])
+            todo = todo[(apart < needed).any(1)]
+        if len(todo):
+            raise UserError(f"{high} objects do not fit on {SIDE} x {SIDE} pixels; ask for fewer")
+    canvas = np.zeros((CHUNK, SIDE + 2 * WINDOW, SIDE + 2 * WINDOW), np.uint8)
+    label = np.zeros_like(canvas) if segmentation else None
+    boxes = np.full((CHUNK, high, 4), np.nan, np.float32)
+    window = np.arange(WINDOW) - WINDOW // 2
+    for slot in range(high):
+        at = np.flatnonzero(counts > slot)
+        column, row = np.floor(x[at, slot]).astype(int), np.floor(y[at, slot]).astype(int)
+        # Pixel centres from the object's centre.
+        dx = window + (column + 0.5 - x[at, slot])[:, None]
+        dy = window + (row + 0.5 - y[at, slot])[:, None]
+        ink = coverage(kind[at, slot], size[at, slot], angle[at, slot], dx, dy)
+        index = (at[:, None, None], (row[:, None] + WINDOW + window)[:, :, None],
+                 (column[:, None] + WINDOW + window)[:, None, :])
+        if label is not None:
+            label[index] = np.where((ink >= INK) & (ink > canvas[index]), slot + 1, label[index])
+        canvas[index] = np.maximum(canvas[index], ink)
+        boxes[at, slot] = ink_box(ink >= INK, column - WINDOW // 2, row - WINDOW // 2)
+    inside = slice(WINDOW, WINDOW + SIDE)
+    made = {
+        "pixels": canvas[:, inside, inside, None],
+        "counts": counts,
+        "categories": kind,
+        "boxes": boxes,
+    }
+    if label is not None:
+        made["segmentation"] = label[:, inside, inside]
+    for name, values in (("x", x), ("y", y), ("size", size), ("angle", angle)):
+        made[name] = values.astype(np.float32)
+    return made
+
+
+def coverage(
+    kind: np.ndarray, size: np.ndarray, angle: np.ndarray, dx: np.ndarray, dy: np.ndarray
+) -> np.ndarray:
+    """Ink of each pixel, uint8 (n, W, W): a ramp one pixel wide across the outline.
+
+    kind, size, angle: (n,). dx, dy: (n, W) columns and rows of pixel centres from the object's.
+    """
+    cos, sin, radius = (v[:, None, None] for v in (np.cos(angle), np.sin(angle), size / 2))
+    dx, dy = dx[:, None, :], dy[:, :, None]
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx  # in the shape's own axes
+    square = np.maximum(np.abs(u), np.abs(v)) - radius / np.sqrt(2)
+    triangle = np.maximum(v, (np.sqrt(3) * np.abs(u) - v) / 2) - radius / 2
+    # To first order the distance is the function over the length of its gradient.
+    a, b = radius, 0.6 * radius
+    level = np.sqrt((u / a) ** 2 + (v / b) ** 2)
+    steepness = np.sqrt((u / a**2) ** 2 + (v / b**2) ** 2)
+    ellipse = (level - 1) * level / np.maximum(steepness, 1e-9)
+    distance = np.choose(kind[:, None, None], [square, triangle, ellipse])
+    return np.rint(255 * np.clip(0.5 - distance, 0, 1)).astype(np.uint8)
+
+
+def ink_box(ink: np.ndarray, left: np.ndarray, top: np.ndarray) -> np.ndarray:
+    """float32 (n, 4) centre x, y, width, height of masks (n, W, W) whose corners are given."""
+    ends = []
+    for axis, corner in ((1, left), (2, top)):
+        line = ink.any(axis)
+        first, last = line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)
+        ends.append((corner + (first + last) / 2, last - first))
+    (cx, w), (cy, h) = ends
+    return np.stack([cx, cy, w, h], 1).astype(np.float32)
+
+
+SPEC = DatasetSpec("multi-sprites", (SIDE, SIDE, 1), SHAPES, scenes,
+                   sizes={"train": 80_000, "test": 10_000})
