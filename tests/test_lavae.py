@@ -472,20 +472,29 @@ def test_there_are_no_slopes_but_in_a_training() -> None:
     assert model._slopes(x, torch.tensor([1]), x, sprites, z_loc, row, row) is None
 
 
-def test_a_probe_takes_the_next_lower_peak() -> None:
-    """Where an ordinary draw would be lost in the background."""
-    model = lavae(replace(CONFIG, logit_scale=1.0, count_threshold=0.5), shape=(3, 32, 32))
-    heights = torch.full((400, 32, 32), 0.1)
-    heights[:, 4, 5], heights[:, 20, 21] = 3.0, 0.45
+def test_a_probe_is_drawn_on_ink_that_is_left_over() -> None:
+    config = replace(CONFIG, logit_scale=1.0, blocked_window=5)
+    model = lavae(config, shape=(3, 32, 32))
+    model.temperature = 1.0
+    heights = torch.full((90, 32, 32), 0.1)
+    heights[:, 4, 5] = 3.0  # found, its window reaches to (6, 7)
+    heights.requires_grad_()
     model.location_net = Seen(heights)
-    x = torch.zeros(400, 3, 32, 32)
-    probed = torch.arange(400) < 200
+    x = torch.zeros(90, 3, 32, 32)
+    x[:, 1, 3:9, 5] = 1.0  # ink at rows 7 and 8 is left over
+    x[60:] = 0.0  # none is
+    probed = torch.arange(90) >= 30
     encoded = model.encode(x, probed)
-    assert encoded.count.tolist() == [2] * 200 + [1] * 200
-    both = Encoded(heights, torch.full((400,), 2), probed)
-    trace = poutine.trace(model.guide).get_trace(x, both)
-    first, second = (place_of(trace, slot) for slot in (0, 1))
-    assert (first == 4 * 32 + 5).float().mean() > 0.95
-    hit = (second == 20 * 32 + 21).float()
-    # The peak's odds are 1024 ** (0.35 * sharpness) to about 1,000.
-    assert hit[:200].mean() > 0.95 and hit[200:].mean() < 0.1
+    assert encoded.count.tolist() == [1.0] * 30 + [2.0] * 60
+    assert (encoded.probe[:30] == -1).all()
+    left_over = torch.isin(encoded.probe[30:60], torch.tensor([7 * 32 + 5, 8 * 32 + 5]))
+    assert left_over.float().mean() > 0.85  # the rest, 1% on average, on the background
+    assert encoded.probe[30:60].unique().numel() > 1
+    assert len(set(encoded.probe[60:].tolist())) > 20
+    trace = poutine.trace(model.guide).get_trace(x, encoded)
+    assert torch.equal(place_of(trace, 1)[30:], encoded.probe[30:])
+    # The slope of the count is in the peak where nothing is probed, in the probed pixel elsewhere.
+    (slope,) = torch.autograd.grad(encoded.count.sum(), heights)
+    there = torch.where(probed, encoded.probe, 4 * 32 + 5)
+    lies = torch.zeros(90, 1024).scatter(1, there[:, None], 1.0) > 0
+    assert ((slope.flatten(1) > 0) == lies).all()

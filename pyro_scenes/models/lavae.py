@@ -37,8 +37,8 @@ Where the fast preset leaves the paper, and why:
 - f_count has a gradient, straight-through: what the last object drawn adds to the bound (its
   log likelihood by difference, not by slope) lifts or lowers the lowest peak that was counted.
   Otherwise nothing in the bound would mind a second peak on an object, nor lift an object that
-  fell below the threshold. A training probes images with one object more than was counted, at
-  the next lower peak.
+  fell below the threshold. A training probes images with one object more than was counted, on
+  ink that those counted leave over; its slope lies in the height at that pixel.
 - Peaks are the largest of a window wider than 3 x 3: it counts better while they are wide.
 - z_loc is one-hot in training too (straight-through): soft places smear sprites over objects.
 - The gradient of a drawn place compares it with its neighbourhood alone; an object that is not
@@ -71,13 +71,11 @@ from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import SceneModel
 from pyro_scenes.priors import LearnedCount, StandardNormal, UniformPlaces
 from pyro_scenes.scene import Scene
-from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, windows
+from pyro_scenes.spatial import crops, dilated, find_peaks, ink_boxes, place_sprites, windows
 
 # A place within the window of an earlier one is shut to the guide, yet preferred to the place
 # itself: on a canvas smaller than the window there would be nowhere else to go.
 NEAR = USED / 100
-# How much sharper the place of a probe is than other places.
-PROBE = 5.0
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class Encoded:
 
     heights: Tensor  # (B, H, W), h_loc
     count: Tensor  # (B,) f_count(h_loc): long, or float with a gradient in training
-    probed: Tensor | None = None  # (B,) bool: the last object is one more than f_count's
+    probe: Tensor | None = None  # (B,) long, the last object's place; -1 where it is drawn too
 
 
 class LAVAE(SceneModel):
@@ -266,17 +264,29 @@ class LAVAE(SceneModel):
             heights = self.location_net(x)  # (B, H, W)
         config = self.config
         peaks = find_peaks(heights.detach(), 0.0, config.count_window)
-        count = (peaks & (heights > config.count_threshold)).sum((-2, -1))  # (B,)
-        count = count if probed is None else count + probed
+        found = peaks & (heights > config.count_threshold)  # (B, H, W)
+        count, probe = found.sum((-2, -1)), None  # (B,)
+        if probed is not None and probed.any():
+            probe = self._missed(x, found).masked_fill(~probed, -1)
+            count = count + probed
         if self.temperature is None or config.count_softness == 0 or not heights.requires_grad:
-            return Encoded(heights, count, probed)
-        # Straight-through: the slope of f_count lies in the lowest peak that is drawn.
+            return Encoded(heights, count, probe)
+        # Straight-through: the slope of f_count lies in the lowest peak that is drawn, or the probe.
         candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
         highest = candidates.topk(min(config.max_objects, candidates.shape[1])).values
-        lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None]).squeeze(1)
-        soft = ((lowest - config.count_threshold) / config.count_softness).sigmoid()
+        lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None])
+        if probe is not None:
+            there = heights.flatten(1).gather(1, probe.clamp(min=0)[:, None])
+            lowest = torch.where(probe[:, None] < 0, lowest, there)
+        soft = ((lowest - config.count_threshold) / config.count_softness).sigmoid().squeeze(1)
         soft = torch.where(count > 0, soft, 0.0)
-        return Encoded(heights, count + (soft - soft.detach()), probed)
+        return Encoded(heights, count + (soft - soft.detach()), probe)
+
+    def _missed(self, x: Tensor, found: Tensor) -> Tensor:
+        """A random pixel of each image that its counted objects do not cover, if need be of the
+        background, (B,) long."""
+        ink = x.amax(1) * ~dilated(found, self.config.blocked_window)  # (B, H, W)
+        return torch.multinomial(ink.flatten(1) + 1e-5, 1).squeeze(1)
 
     @pyro_method
     def guide(self, x: Tensor, encoded: Encoded | None = None) -> None:
@@ -291,10 +301,10 @@ class LAVAE(SceneModel):
             steps = int(n.max())
             for i in pyro.markov(range(steps), history=max(steps, 1)):
                 here = logits
-                if encoded.probed is not None:
-                    # The next lower peak, which all of the background would outweigh.
-                    last = encoded.probed & (i == n.detach() - 1)
-                    here = torch.where(last[:, None], PROBE * logits, logits)
+                if encoded.probe is not None:
+                    last = (encoded.probe >= 0) & (i == n.detach() - 1)
+                    there = one_hot(encoded.probe.clamp(min=0), logits.shape[-1])
+                    here = torch.where(last[:, None], USED * (1 - there), logits)
                 with _if_present(i, n):
                     site = OneHotPlace(here, self.temperature, self.config.straight_through)
                     z_loc = pyro.sample(f"z_loc_{i}", site)  # (B, D)
