@@ -291,7 +291,8 @@ def make_scenes(name: str, images: int, objects: tuple[int, int] | None, seed: i
                 out: Path | None, mnist: Path | None, force: bool) -> None:
     """Make an npz file of scenes with their truth.
 
-    NAME is multi-dsprites, multi-mnist-1k or multi-mnist-10k.
+    NAME is multi-dsprites, multi-mnist-1k, multi-mnist-10k, multi-sprites, multi-mnist or
+    multi-mnist-new-digits.
     """
     from pyro_scenes import report
     from pyro_scenes.data import DATASETS, make, save_npz

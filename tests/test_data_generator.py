@@ -13,14 +13,18 @@ from pyro_scenes.data.generator import CHUNK
 from pyro_scenes.data.placing import Draws, place
 from pyro_scenes.errors import UserError
 
-NAMES = sorted(DATASETS)
+NAMES = ["multi-dsprites", "multi-mnist-1k", "multi-mnist-10k"]
+GREY = sorted(DATASETS.keys() - set(NAMES))
 COLOURS = {1: (255, 0, 0), 2: (0, 255, 0), 3: (255, 255, 0), 4: (0, 0, 255), 5: (255, 0, 255),
            6: (0, 255, 255), 7: (255, 255, 255)}
 
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
-    """A folder with 10,000 made-up training digits: digit i is a bar and i's lowest bits."""
+    """A folder with 10,000 made-up training digits: digit i is a bar and i's lowest bits.
+
+    Its test digits are the first 50 of them, with the labels 9, 8, ... in place of 0, 1, ...
+    """
     folder = tmp_path_factory.mktemp("mnist")
     i = np.arange(10_000)
     images = np.zeros((len(i), 28, 28), np.uint8)
@@ -28,11 +32,12 @@ def mnist(tmp_path_factory):
     for bit in range(14):
         row, column = 4 + 5 * (bit // 4), 2 + 6 * (bit % 4)
         images[(i >> bit) % 2 == 1, row:row + 4, column:column + 5] = 255
-    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in images.shape)
-    (folder / "train-images-idx3-ubyte").write_bytes(header + images.tobytes())
     labels = (i % 10).astype(np.uint8)
-    header = b"\0\0\x08\x01" + len(labels).to_bytes(4, "big")
-    (folder / "train-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    for name, pixels, kinds in (("train", images, labels), ("t10k", images[:50], 9 - labels[:50])):
+        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in pixels.shape)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = b"\0\0\x08\x01" + len(kinds).to_bytes(4, "big")
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header + kinds.tobytes())
     return folder
 
 
@@ -172,6 +177,112 @@ def test_mnist_truth_renders_to_the_image(mnist):
         assert np.array_equal(drawn, images[image, ..., 0])
 
 
+# --- grey scenes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_grey_truth_is_consistent(name, mnist):
+    data = make(name, 300, mnist=mnist, seed=5)
+    low, high = DATASETS[name].objects
+    assert uniform(np.bincount(data.counts, minlength=high + 1))
+    assert data.counts.min() == low and data.counts.max() == high and not data.binary
+    present = np.arange(high) < data.counts[:, None]
+    assert np.array_equal(data.categories >= 0, present)
+    assert np.array_equal(~np.isnan(data.boxes).any(-1), present)
+    images = data.images()[..., 0]
+    assert not images[data.counts == 0].any() and images.max() == 255
+    for image, slot in zip(*np.nonzero(present)):
+        left, right, top, bottom = ink_edges(data.boxes[image, slot])
+        rows, columns = np.nonzero(data.segmentation[image] == slot + 1)
+        # Ink of two objects may meet within a pixel; the box is of the object alone.
+        assert left <= columns.min() <= left + 1 and right - 1 <= columns.max() <= right
+        assert top <= rows.min() <= top + 1 and bottom - 1 <= rows.max() <= bottom
+        assert abs(data.attributes["x"][image, slot] - data.boxes[image, slot, 0]) < 7
+        assert abs(data.attributes["y"][image, slot] - data.boxes[image, slot, 1]) < 7
+
+
+def test_multi_sprites_factors_are_uniform_and_centres_apart():
+    data = make("multi-sprites", 6 * CHUNK, objects=(1, 3), seed=3, segmentation=False)
+    first = {name: values[:, 0] for name, values in data.attributes.items()}
+    assert uniform(np.bincount(data.categories[:, 0], minlength=3))
+    for values, low, high in (
+        (first["size"], 11, 20), (first["angle"], 0, 2 * np.pi),
+        ((first["x"] - first["size"] / 2) / (64 - first["size"]), 0, 1),
+        ((first["y"] - first["size"] / 2) / (64 - first["size"]), 0, 1),
+    ):
+        assert uniform(np.histogram(values, 20, (low, high))[0])
+    x, y, size = (data.attributes[name] for name in ("x", "y", "size"))
+    apart = [np.hypot(x[:, i] - x[:, j], y[:, i] - y[:, j]) / (size[:, i] + size[:, j]) * 2
+             for i in range(3) for j in range(i)]
+    assert np.nanmin(apart) == pytest.approx(0.9, abs=0.02)
+
+
+def test_multi_sprites_truth_renders_to_the_image():
+    """By 12 x 12 points a pixel, the share inside the outline; the ramp is within 0.15 of it."""
+    data = make("multi-sprites", 12, objects=(3, 3), seed=11)
+    images = data.images()[..., 0] / 255
+    points = (np.arange(12) + 0.5) / 12
+    worst, total = 0.0, []
+    for image in range(len(data)):
+        drawn = np.zeros((64, 64))
+        for slot in range(3):
+            x, y, size, angle = (
+                float(data.attributes[a][image, slot]) for a in ("x", "y", "size", "angle"))
+            shape = ("square", "triangle", "ellipse")[data.categories[image, slot]]
+            for row in range(max(0, int(y - 11)), min(64, int(y + 12))):
+                for column in range(max(0, int(x - 11)), min(64, int(x + 12))):
+                    share = np.mean([
+                        inside(column + u - x, row + v - y, shape, size / 19, angle)
+                        for u in points for v in points])
+                    drawn[row, column] = max(drawn[row, column], share)
+        worst = max(worst, np.abs(drawn - images[image]).max())
+        total.append(drawn.sum() / images[image].sum())
+    assert worst < 0.15 and np.allclose(total, 1, atol=0.02)
+    assert data.class_names == ("square", "triangle", "ellipse")
+
+
+@pytest.mark.parametrize("name, prefix", [
+    ("multi-mnist", "train"), ("multi-mnist-new-digits", "t10k"),
+])
+def test_grey_mnist_truth_renders_to_the_image(name, prefix, mnist):
+    data = make(name, 30, objects=(2, 2), seed=2, mnist=mnist)
+    digits = np.fromfile(mnist / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16)
+    digits = torch.from_numpy(digits.reshape(-1, 1, 28, 28)).double()
+    labels = np.fromfile(mnist / f"{prefix}-labels-idx1-ubyte", np.uint8, offset=8)
+    assert data.attributes["digit"].max() < len(digits)
+    for image in range(len(data)):
+        drawn = torch.zeros(50, 50, dtype=torch.float64)
+        for slot in range(2):
+            digit, x, y, shrink = (
+                data.attributes[a][image, slot].item() for a in ("digit", "x", "y", "shrink"))
+            assert data.categories[image, slot] == labels[digit]
+            # grid_sample's corners: -1 and 1 are the outer edges of the tile.
+            column, row = ((torch.arange(50) + 0.5 - centre) * shrink / 14 for centre in (x, y))
+            grid = torch.stack(torch.meshgrid(column, row, indexing="xy"), -1)[None].double()
+            drawn += torch.nn.functional.grid_sample(
+                digits[digit:digit + 1], grid, "bilinear", "zeros", align_corners=False)[0, 0]
+        assert np.abs(drawn.numpy() - data.images()[image, ..., 0]).max() < 1.6
+
+
+def test_grey_digits_have_the_sizes_that_airs_users_know(mnist):
+    data = make("multi-mnist", 4 * CHUNK, objects=(1, 1), mnist=mnist, segmentation=False)
+    shrink = data.attributes["shrink"][:, 0]
+    assert shrink.mean() == pytest.approx(1.3, abs=0.01)
+    assert shrink.std() == pytest.approx(0.1, abs=0.005)
+    for axis in "xy":
+        half = 14 / shrink
+        inside = (data.attributes[axis][:, 0] - half) / (50 - 2 * half)
+        assert uniform(np.histogram(inside, 20, (0, 1))[0])
+
+
+def test_new_digits_have_no_training_scenes(mnist):
+    with pytest.raises(UserError, match="train"):
+        load("multi-mnist-new-digits", split="train", mnist=mnist)
+
+
+# --- what all have -----------------------------------------------------------------------------
+
+
 def test_no_pixel_centre_is_near_an_outline():
     shape, scale, angle = np.meshgrid(np.arange(3), multi_dsprites.SCALES, multi_dsprites.ANGLES)
     distance = multi_dsprites.outline_distance(shape.ravel(), scale.ravel(), angle.ravel())
@@ -189,9 +300,14 @@ def test_sprites_fill_the_cell_and_no_more():
     ("multi-dsprites", "657deec7f7bbcf3fc902adafa45df6f30b35625f449b16c169f197c097d15dd2"),
     ("multi-mnist-1k", "00232335eaa455e735f108f97ff20a6982cbce793dac162223c3f35289c5df33"),
     ("multi-mnist-10k", "7e3d478cd3bc50763ee87b60ebcf2230d004dc8c286c9b6343bec8fbc7fd3c75"),
+    ("multi-sprites", "efb0363a99d962cd145d4c3bd4c2e3f371cdb1cd04a09fedf4cf7845e3d390e4"),
+    ("multi-mnist", "4e0874c0054076d2849280deb94369162952143499158b323d4146754e0e2a81"),
+    ("multi-mnist-new-digits",
+     "b11e3b1cbca17576b6cf4aa9edc1feb995fea79afda9cf7765c43c562f3f8a42"),
 ])
 def test_bytes_for_a_seed_never_change(name, digest, mnist):
-    data = make(name, 300, seed=7, objects=(0, 7), stream="train", mnist=mnist)
+    objects = (0, 7 if DATASETS[name].shape[0] == 64 else 3)
+    data = make(name, 300, seed=7, objects=objects, stream="train", mnist=mnist)
     content = hashlib.sha256(data.images().tobytes() + data.segmentation.tobytes())
     content.update(data.boxes[data.categories >= 0].astype("<f4").tobytes())
     content.update(data.categories.astype("<i8").tobytes())
@@ -259,6 +375,7 @@ def test_one_image_cannot_be_split():
 
 @pytest.mark.parametrize("change,message", [
     ({"objects": (30, 30)}, "30 objects do not fit"),
+    ({"objects": (40, 40), "name": "multi-sprites"}, "40 objects do not fit"),
     ({"objects": (3, 2)}, "3-2"),
     ({"objects": (-1, 2)}, "fewest"),
     ({"objects": (0, 256)}, "0-255"),

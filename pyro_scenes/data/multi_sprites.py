@@ -96,22 +96,30 @@ def coverage(
     cos, sin, radius = (v[:, None, None] for v in (np.cos(angle), np.sin(angle), size / 2))
     dx, dy = dx[:, None, :], dy[:, :, None]
     u, v = cos * dx + sin * dy, cos * dy - sin * dx  # in the shape's own axes
-    square = np.maximum(np.abs(u), np.abs(v)) - radius / np.sqrt(2)
-    triangle = np.maximum(v, (np.sqrt(3) * np.abs(u) - v) / 2) - radius / 2
+
+    def ramp(distance: np.ndarray) -> np.ndarray:
+        return np.clip(0.5 - distance, 0, 1)
+
+    # A corner is where edges meet: their ramps are multiplied.
+    half = radius / np.sqrt(2)
+    square = ramp(np.abs(u) - half) * ramp(np.abs(v) - half)
+    triangle = ramp(v - radius / 2)
+    for side in (-1, 1):
+        triangle = triangle * ramp((side * np.sqrt(3) * u - v) / 2 - radius / 2)
     # To first order the distance is the function over the length of its gradient.
     a, b = radius, 0.6 * radius
     level = np.sqrt((u / a) ** 2 + (v / b) ** 2)
     steepness = np.sqrt((u / a**2) ** 2 + (v / b**2) ** 2)
-    ellipse = (level - 1) * level / np.maximum(steepness, 1e-9)
-    distance = np.choose(kind[:, None, None], [square, triangle, ellipse])
-    return np.rint(255 * np.clip(0.5 - distance, 0, 1)).astype(np.uint8)
+    ellipse = ramp((level - 1) * level / np.maximum(steepness, 1e-9))
+    ink = np.choose(kind[:, None, None], [square, triangle, ellipse])
+    return np.rint(255 * ink).astype(np.uint8)
 
 
 def ink_box(ink: np.ndarray, left: np.ndarray, top: np.ndarray) -> np.ndarray:
     """float32 (n, 4) centre x, y, width, height of masks (n, W, W) whose corners are given."""
     ends = []
     for axis, corner in ((1, left), (2, top)):
-        line = ink.any(axis)
+        line = np.asarray(ink.any(axis))
         first, last = line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)
         ends.append((corner + (first + last) / 2, last - first))
     (cx, w), (cy, h) = ends

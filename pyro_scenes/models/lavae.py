@@ -271,7 +271,7 @@ class LAVAE(SceneModel):
             count = count + probed
         if self.temperature is None or config.count_softness == 0 or not heights.requires_grad:
             return Encoded(heights, count, probe)
-        # Straight-through: the slope of f_count lies in the lowest peak that is drawn, or the probe.
+        # Straight-through: f_count's slope lies in the lowest peak that is drawn, or the probe.
         candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
         highest = candidates.topk(min(config.max_objects, candidates.shape[1])).values
         lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None])
