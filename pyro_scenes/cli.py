@@ -175,6 +175,9 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
 @click.option("--traverse", type=FILE, metavar="FILE",
               help="Draw one object as it is moved and as its appearance is changed.")
 @click.option("--swap", type=FILE, metavar="FILE", help="Draw scenes with their objects swapped.")
+@click.option("--graph", type=click.Choice(["json", "graphml"]),
+              help="Write scene graphs in place of objects: a list of node-link objects, or a "
+              "folder with a GraphML file an image.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N",
               help="Draw N images from the model in place of IMAGES.")
 @click.option("--prior", metavar="count=uniform:A-B", type=CountRange("count=uniform:"),
@@ -185,7 +188,7 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
 @force_option
 @version_option
 def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, figure: Path | None,
-          traverse: Path | None, swap: Path | None, sample: int | None,
+          traverse: Path | None, swap: Path | None, graph: str | None, sample: int | None,
           prior: tuple[int, int] | None, max_objects: int | None, seed: int, device: str,
           force: bool) -> None:
     """Find the objects in IMAGES (an npz file, or PNG files and folders of them).
@@ -199,12 +202,13 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, figure: P
         raise click.UsageError("nothing to write: give --out, --figure or another picture")
     if sample and (traverse or swap):
         raise click.UsageError("--traverse and --swap need IMAGES")
+    if graph and (sample or not out):
+        raise click.UsageError("--graph needs IMAGES and --out")
     if prior and not sample:
         raise click.UsageError("--prior goes with --sample")
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import pictures, plots, report
     from pyro_scenes.data import SceneData, save_npz
-    from pyro_scenes.data.files import write_json
     from pyro_scenes.evaluate import infer as find
 
     wanted = {"inference": figure, "traversal": traverse, "swap": swap}
@@ -222,7 +226,7 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, figure: P
                  for name, path in wanted.items() if path}
         if out:
             found, _ = find(pictures.with_objects(model), scenes, max_objects)
-            write_json(out, found.to_json())
+            report.write_objects(out, found, graph)
     for path, picture in drawn.items():
         plots.save(picture, path)
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyro_scenes import checkpoint, pictures, plots
+from pyro_scenes import checkpoint, graph, pictures, plots
 from pyro_scenes.config import RunConfig
 from pyro_scenes.data import DATASETS, SceneData, load, load_npz, load_pngs, split_held_out
-from pyro_scenes.data.files import atomic_write
+from pyro_scenes.data.files import atomic_write, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import CROWDED, evaluate
 from pyro_scenes.models import GenerativeModel
+from pyro_scenes.scene import Scene
 
 # Held-out images and particles after a training: enough to see that it worked, in a short time.
 IMAGES, PARTICLES = 1000, 10
@@ -53,6 +54,19 @@ def read_images(model: GenerativeModel, paths: Sequence[Path]) -> SceneData:
         data = SceneData.from_images("images", load_pngs(paths, model.image_shape[0]))
     model.check(data.batch(slice(0, 1)))
     return data
+
+
+def write_objects(out: Path, scene: Scene, form: str | None) -> None:
+    """Inferred objects as JSON; with a form, their graphs: json, or graphml, a folder of files."""
+    if form == "graphml":
+        out.mkdir(exist_ok=True)
+        documents = graph.to_graphml(scene)
+        digits = len(str(len(documents)))
+        for i, document in enumerate(documents):
+            with atomic_write(out / f"{i:0{digits}}.graphml") as file:
+                file.write(document.encode())
+    else:
+        write_json(out, graph.to_json(scene) if form else scene.to_json())
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+# Columns of a pose: what makes an object of a template, factors and radians.
+POSE = ("scale_x", "scale_y", "angle", "shear_x", "shear_y")
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -25,6 +28,7 @@ class Scene:
     kind      (B, M) long     category, -1 where absent; None if the model has none
     what      (B, M, L)       appearance, 0 where absent; None if unknown
     size      (H, W)          of the canvas, pixels; None for the model's own
+    pose      (B, M, 5)       see POSE, NaN where absent; None if the model has none
     ========  ==============  ====================================================
     """
 
@@ -34,6 +38,7 @@ class Scene:
     kind: Tensor | None = None
     what: Tensor | None = None
     size: tuple[int, int] | None = None
+    pose: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.present)
@@ -56,6 +61,8 @@ class Scene:
     def _object(self, b: int, m: Tensor) -> dict:
         x, y = self.where[b, m].tolist()
         entry = {"x": x, "y": y, "box": self.boxes[b, m].tolist()}
+        if self.pose is not None:
+            entry |= zip(POSE, self.pose[b, m].tolist(), strict=True)
         if self.kind is not None:
             entry["kind"] = int(self.kind[b, m])
         if self.what is not None:
@@ -83,7 +90,8 @@ class Scene:
         present = join("present", False)
         where, boxes = join("where", nan), join("boxes", nan)
         assert present is not None and where is not None and boxes is not None
-        return Scene(present, where, boxes, join("kind", -1), join("what", 0.0), scenes[0].size)
+        kind, what, pose = join("kind", -1), join("what", 0.0), join("pose", nan)
+        return Scene(present, where, boxes, kind, what, scenes[0].size, pose)
 
 
 def _pad(values: Tensor, slots: int, fill) -> Tensor:

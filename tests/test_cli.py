@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -244,6 +245,22 @@ def test_objects_are_found_in_png_files_of_another_size(folder: Path) -> None:
     succeeded("svi-infer run wide.png wide.png --max-objects 99 --out new.json --figure new.png")
     found = json.loads((folder / "new.json").read_text())
     assert len(found) == 2 and found[0] == found[1]
+
+
+def test_graphs_come_out_as_json_and_graphml(folder: Path) -> None:
+    line = "svi-infer run data.npz --max-objects 99 --out"
+    succeeded(f"{line} new.json")
+    succeeded(f"{line} graphs.json --graph json")
+    succeeded(f"{line} graphs --graph graphml")
+    counts = [entry["count"] for entry in json.loads((folder / "new.json").read_text())]
+    read = [nx.node_link_graph(g) for g in json.loads((folder / "graphs.json").read_text())]
+    files = sorted((folder / "graphs").iterdir())
+    assert [file.name for file in files[:2]] == ["00.graphml", "01.graphml"]
+    assert [len(g) for g in read] == [len(nx.read_graphml(file)) for file in files] == counts
+    assert "exists" in run(f"{line} graphs --graph graphml").stderr
+    for options in ("--graph json --figure f.png", "--sample 2 --graph json --out a.json"):
+        images = "" if "--sample" in options else "data.npz"
+        assert run(f"svi-infer run {images} {options}").exit_code == 2
 
 
 def test_force_replaces_a_run(folder: Path) -> None:

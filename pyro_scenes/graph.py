@@ -1,0 +1,167 @@
+"""Scene graphs: objects as nodes, what lies between them as directed edges.
+
+Discrete-AIR, section 2.4 and appendix C.3. An edge (i, j) embeds z_where^i - z_where^j with the
+direction in which j lies from i, the L2 distance of the attributes, and whether the categories are
+equal, or a distance between categories that the user gives. Every number has a name, the same in
+the networkx graph, in JSON and GraphML, and in the tensors.
+
+Nodes: ``x``, ``y`` (centre) and ``box_x``, ``box_y``, ``box_width``, ``box_height`` in pixels;
+``scale_x``, ``scale_y``, ``angle`` (radians), ``shear_x``, ``shear_y`` where the model has a pose;
+``what_0``, ``what_1``, ... the attributes or appearance; ``kind``, the category.
+
+Edges: ``dx``, ``dy`` (pixels, source less target), ``distance`` (pixels), ``direction`` (radians
+from the x axis, clockwise as displayed, in which the target lies from the source);
+``d_scale_x`` and so on for the pose, angles within -pi and pi; ``what_distance``;
+``same_kind`` (0 or 1) or ``kind_distance``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from pyro_scenes.errors import UserError
+from pyro_scenes.scene import POSE, Scene
+
+BOX = ("box_x", "box_y", "box_width", "box_height")
+WHOLE = {"kind": int, "same_kind": bool}  # what is not a float in a networkx graph
+
+
+@dataclass(frozen=True)
+class GraphTensors:
+    """The graphs of B scenes, padded to M nodes; 0 where there is no node or edge.
+
+    ==========  ==============  ===================================================
+    field       shape           meaning
+    ==========  ==============  ===================================================
+    nodes       (B, M, F)       features of the nodes, in the order of node_names
+    node_mask   (B, M) bool     the slot holds an object
+    edge_index  (2, E) long     source and target slot, the same for all scenes
+    edge_attr   (B, E, G)       features of the edges, in the order of edge_names
+    edge_mask   (B, E) bool     both ends hold an object
+    ==========  ==============  ===================================================
+
+    E = M (M - 1). The category is one column, ``kind``: one-hot it as the network needs.
+    """
+
+    nodes: Tensor
+    node_mask: Tensor
+    edge_index: Tensor
+    edge_attr: Tensor
+    edge_mask: Tensor
+    node_names: tuple[str, ...]
+    edge_names: tuple[str, ...]
+
+
+def tensors(scene: Scene, kind_distance: Tensor | None = None) -> GraphTensors:
+    """:param kind_distance: (K, K), replaces the equality of categories.
+
+    :raises UserError: if the distances do not cover the categories, or there are none.
+    """
+    slots = scene.present.shape[1]
+    nodes, edges = _nodes(scene), _edges(scene, kind_distance)
+    source, target = (~torch.eye(slots, dtype=torch.bool)).nonzero(as_tuple=True)
+    edge_mask = (scene.present[:, :, None] & scene.present[:, None, :])[:, source, target]
+    edge_attr = torch.stack(list(edges.values()), -1)[:, source, target]
+    return GraphTensors(
+        torch.where(scene.present[..., None], torch.stack(list(nodes.values()), -1), 0.0),
+        scene.present,
+        torch.stack([source, target]),
+        torch.where(edge_mask[..., None], edge_attr, 0.0),
+        edge_mask,
+        tuple(nodes),
+        tuple(edges),
+    )
+
+
+def graphs(scene: Scene, kind_distance: Tensor | None = None) -> list[nx.DiGraph]:
+    """One graph a scene, its nodes numbered from 0. Parameters as for `tensors`."""
+    padded = tensors(scene.to("cpu"), kind_distance)
+    result = []
+    for b in range(len(scene)):
+        graph = nx.DiGraph()
+        number: dict[int, int] = {}
+        for slot in padded.node_mask[b].nonzero().flatten().tolist():
+            number[slot] = len(number)
+            graph.add_node(number[slot], **_named(padded.node_names, padded.nodes[b, slot]))
+        for e in padded.edge_mask[b].nonzero().flatten().tolist():
+            source, target = (number[slot] for slot in padded.edge_index[:, e].tolist())
+            graph.add_edge(source, target, **_named(padded.edge_names, padded.edge_attr[b, e]))
+        result.append(graph)
+    return result
+
+
+def to_json(scene: Scene, kind_distance: Tensor | None = None) -> list[dict]:
+    """One node-link object a scene, which ``networkx.node_link_graph`` reads."""
+    return [nx.node_link_data(graph) for graph in graphs(scene, kind_distance)]
+
+
+def to_graphml(scene: Scene, kind_distance: Tensor | None = None) -> list[str]:
+    """One GraphML document a scene, which ``networkx.parse_graphml`` reads."""
+    return ["\n".join(nx.generate_graphml(graph)) for graph in graphs(scene, kind_distance)]
+
+
+def _nodes(scene: Scene) -> dict[str, Tensor]:
+    """Features of each slot by name, (B, M); anything where absent."""
+    features = dict(zip("xy", scene.where.unbind(-1), strict=True))
+    features |= zip(BOX, scene.boxes.unbind(-1), strict=True)
+    if scene.pose is not None:
+        features |= zip(POSE, scene.pose.unbind(-1), strict=True)
+    if scene.what is not None:
+        features |= {f"what_{i}": value for i, value in enumerate(scene.what.unbind(-1))}
+    if scene.kind is not None:
+        features["kind"] = scene.kind.to(scene.where.dtype)
+    return features
+
+
+def _edges(scene: Scene, kind_distance: Tensor | None) -> dict[str, Tensor]:
+    """Features of each pair of slots by name, (B, M, M), source first; anything where absent."""
+    dx, dy = _differences(scene.where).unbind(-1)
+    features = {
+        "dx": dx,
+        "dy": dy,
+        "distance": torch.hypot(dx, dy),
+        "direction": torch.atan2(-dy, -dx),
+    }
+    if scene.pose is not None:
+        for name, value in zip(POSE, _differences(scene.pose).unbind(-1), strict=True):
+            if name == "angle":
+                value = torch.remainder(value + math.pi, 2 * math.pi) - math.pi
+            features[f"d_{name}"] = value
+    if scene.what is not None:
+        features["what_distance"] = torch.linalg.vector_norm(_differences(scene.what), dim=-1)
+    if kind_distance is not None:
+        features["kind_distance"] = _kind_distance(scene, kind_distance)
+    elif scene.kind is not None:
+        same = scene.kind[:, :, None] == scene.kind[:, None, :]
+        features["same_kind"] = same.to(scene.where.dtype)
+    return features
+
+
+def _kind_distance(scene: Scene, distance: Tensor) -> Tensor:
+    if scene.kind is None:
+        raise UserError("the scenes have no categories: leave out the distance between them")
+    most = int(scene.kind.max()) if scene.kind.numel() else -1
+    if distance.dim() != 2 or len(distance) != distance.shape[1] or len(distance) <= most:
+        raise UserError(
+            f"a distance between categories is a square of at least {most + 1} rows, not of shape"
+            f" {tuple(distance.shape)}"
+        )
+    kind = scene.kind.clamp(min=0)
+    return distance.to(scene.where)[kind[:, :, None], kind[:, None, :]]
+
+
+def _differences(values: Tensor) -> Tensor:
+    """(B, M, K) -> (B, M, M, K), row less column."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def _named(names: tuple[str, ...], values: Tensor) -> dict:
+    return {
+        name: WHOLE.get(name, float)(value)
+        for name, value in zip(names, values.tolist(), strict=True)
+    }
