@@ -71,7 +71,7 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
-    probe: float = 0.2  # how often one object more than counted is drawn; falls to 0 at the end
+    probe: float = 0.2  # part of the images with a probe for a missed object; falls to 0
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
     warmup_weight: float = 0.5  # of the squared distance, summed over pixels
@@ -143,17 +143,16 @@ class LAVAEObjective:
                 self.elbo.loss_and_grads(self.auxiliary.model, self.auxiliary.guide, x)
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
-        probing = s.probe * (1 - linear(step, 0, self.steps))
+        probes = round(s.probe * len(x) * (1 - linear(step, 0, self.steps)))
         located = step < s.location_settled or step % s.location_every == 0
         penalty = torch.zeros(())
         inferred = 0.0
 
         def guide(x: Tensor) -> None:
             nonlocal penalty, inferred
-            probed = torch.rand(len(x), device=x.device) < probing
             with torch.set_grad_enabled(located):
-                encoded = model.encode(x, probed)
-            inferred = (encoded.count.detach() - probed.float()).mean().item()
+                encoded = model.encode(x, probes)
+            inferred = (encoded.count.detach().sum().item() - probes) / len(x)
             if target is not None:
                 # Per image, summed over pixels. In Pyro's terms a factor of the guide.
                 penalty = weight * (encoded.heights - target).square().sum()

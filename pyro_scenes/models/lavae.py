@@ -37,8 +37,8 @@ Where the fast preset leaves the paper, and why:
 - f_count has a gradient, straight-through: what the last object drawn adds to the bound (its
   log likelihood by difference, not by slope) lifts or lowers the lowest peak that was counted.
   Otherwise nothing in the bound would mind a second peak on an object, nor lift an object that
-  fell below the threshold. A training probes images with one object more than was counted, on
-  ink that those counted leave over; its slope lies in the height at that pixel.
+  fell below the threshold. A training probes the images with the most ink outside the windows of
+  the counted objects: it draws one object more there, whose slope lies in the height at that pixel.
 - Peaks are the largest of a window wider than 3 x 3: it counts better while they are wide.
 - z_loc is one-hot in training too (straight-through): soft places smear sprites over objects.
 - The gradient of a drawn place compares it with its neighbourhood alone; an object that is not
@@ -254,10 +254,11 @@ class LAVAE(SceneModel):
 
     # --- the guide --------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, probed: Tensor | None = None) -> Encoded:
+    def encode(self, x: Tensor, probes: int = 0) -> Encoded:
         """h_loc and f_count(h_loc) (eq. 7), once for all particles.
 
-        :param probed: (B,) bool, images to draw one object more in than counted, in a training.
+        :param probes: so many images get one object more than counted, in a training: those with
+            the most ink that the counted objects do not cover.
         """
         self.check(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
@@ -266,9 +267,9 @@ class LAVAE(SceneModel):
         peaks = find_peaks(heights.detach(), 0.0, config.count_window)
         found = peaks & (heights > config.count_threshold)  # (B, H, W)
         count, probe = found.sum((-2, -1)), None  # (B,)
-        if probed is not None and probed.any():
-            probe = self._missed(x, found).masked_fill(~probed, -1)
-            count = count + probed
+        if probes:
+            probe = self._missed(x, found, probes)
+            count = count + (probe >= 0)
         if self.temperature is None or config.count_softness == 0 or not heights.requires_grad:
             return Encoded(heights, count, probe)
         # Straight-through: f_count's slope lies in the lowest peak that is drawn, or the probe.
@@ -282,11 +283,15 @@ class LAVAE(SceneModel):
         soft = torch.where(count > 0, soft, 0.0)
         return Encoded(heights, count + (soft - soft.detach()), probe)
 
-    def _missed(self, x: Tensor, found: Tensor) -> Tensor:
-        """A random pixel of each image that its counted objects do not cover, if need be of the
-        background, (B,) long."""
+    def _missed(self, x: Tensor, found: Tensor, probes: int) -> Tensor:
+        """A random pixel of ink outside the windows of counted objects, in the images that have
+        the most of it, -1 in the others, (B,) long."""
         ink = x.amax(1) * ~dilated(found, self.config.blocked_window)  # (B, H, W)
-        return torch.multinomial(ink.flatten(1) + 1e-5, 1).squeeze(1)
+        # A little everywhere: where all ink is covered, the background is as good.
+        ink = ink.flatten(1) + 1e-3 * torch.rand_like(ink).flatten(1)
+        chosen = ink.sum(1).topk(min(probes, len(x))).indices
+        place = torch.multinomial(ink[chosen].pow(2), 1)
+        return found.new_full((len(x),), -1, dtype=torch.long).scatter(0, chosen, place.squeeze(1))
 
     @pyro_method
     def guide(self, x: Tensor, encoded: Encoded | None = None) -> None:
