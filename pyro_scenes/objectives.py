@@ -71,7 +71,7 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
-    probe: float = 0.2  # part of the images with a probe for a missed object; falls to 0
+    probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
     warmup_weight: float = 0.5  # of the squared distance, summed over pixels
@@ -143,24 +143,24 @@ class LAVAEObjective:
                 self.elbo.loss_and_grads(self.auxiliary.model, self.auxiliary.guide, x)
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
-        probes = round(s.probe * len(x) * (1 - linear(step, 0, self.steps)))
+        probe = s.probe * (1 - linear(step, 0, self.steps))
         located = step < s.location_settled or step % s.location_every == 0
         penalty = torch.zeros(())
         inferred = 0.0
 
         def guide(x: Tensor) -> None:
             nonlocal penalty, inferred
+            probed = torch.rand(len(x), device=x.device) < probe
             with torch.set_grad_enabled(located):
-                encoded = model.encode(x, probes)
-            inferred = (encoded.count.detach().sum().item() - probes) / len(x)
+                encoded = model.encode(x, probed)
+            inferred = (encoded.count.detach() - probed.float()).mean().item()
             if target is not None:
                 # Per image, summed over pixels. In Pyro's terms a factor of the guide.
                 penalty = weight * (encoded.heights - target).square().sum()
                 pyro.factor("warmup", penalty, has_rsample=True)
             alone = torch.rand(len(x), device=x.device) < forced
             count = torch.where(alone, 1, encoded.count)
-            probe = None if encoded.probe is None else encoded.probe.masked_fill(alone, -1)
-            model.guide(x, Encoded(encoded.heights, count, probe))
+            model.guide(x, Encoded(encoded.heights, count, probed & ~alone))
 
         temperature = falling(step, s.temperature, s.temperature_end, 0, s.temperature_steps)
         floor = falling(step, s.floor, model.config.likelihood_floor, s.floor_begin, s.floor_end)

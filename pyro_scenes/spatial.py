@@ -198,11 +198,6 @@ def find_peaks(heights: Tensor, threshold: float, side: int) -> Tensor:
     return (heights >= highest) & (heights > threshold)
 
 
-def dilated(mask: Tensor, side: int) -> Tensor:
-    """Pixels within a square window, of an odd side, of a pixel that is set, (..., H, W) bool."""
-    return _running_max(_running_max(mask.float(), side).mT, side).mT > 0
-
-
 def _running_max(x: Tensor, side: int) -> Tensor:
     """Maximum over windows of the last dimension, by doubling: cheaper than pooling by far."""
     length = x.shape[-1]

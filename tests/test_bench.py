@@ -128,7 +128,7 @@ def test_the_gradients_of_a_step_are_the_objectives(
     pyros = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(state)
-    torch.rand(len(x))  # which images are forced to one object
+    torch.rand(len(x)), torch.rand(len(x))  # which images are probed, and forced to one object
     schedule = objective.schedule
     with temporarily(model, slope=schedule.slope / len(x), reach=schedule.reach):
         encoded = model.encode(x)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.signal import convolve2d
 
 from pyro_scenes.distributions import one_hot
-from pyro_scenes.spatial import crops, dilated, find_peaks, ink_boxes, place_sprites, windows
+from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, windows
 
 # H, W, side of the sprite: H != W, odd sides, a sprite that is larger than the canvas.
 CANVASES = [(6, 6, 3), (5, 8, 3), (9, 4, 5), (7, 7, 1), (3, 5, 7), (1, 6, 3)]
@@ -174,19 +174,6 @@ def test_a_reach_keeps_the_gradient_near_the_place_and_0_at_it(height, width, si
             if max(rows, columns) <= reach:
                 expected[i, d] = far[i, d] - far[i, at]
     assert torch.allclose(ours, expected, atol=1e-12)
-
-
-def test_dilation_by_hand() -> None:
-    mask = torch.zeros(2, 5, 6, dtype=torch.bool)
-    mask[0, 0, 1] = mask[0, 3, 5] = True
-    assert dilated(mask, 3).int().tolist() == [[
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 0, 1, 1],
-        [0, 0, 0, 0, 1, 1],
-        [0, 0, 0, 0, 1, 1],
-    ], [[0] * 6] * 5]
-    assert torch.equal(dilated(mask, 1), mask)
 
 
 def test_float32_stays_float32() -> None:

@@ -37,8 +37,8 @@ Where the fast preset leaves the paper, and why:
 - f_count has a gradient, straight-through: what the last object drawn adds to the bound (its
   log likelihood by difference, not by slope) lifts or lowers the lowest peak that was counted.
   Otherwise nothing in the bound would mind a second peak on an object, nor lift an object that
-  fell below the threshold. A training probes the images with the most ink outside the windows of
-  the counted objects: it draws one object more there, whose slope lies in the height at that pixel.
+  fell below the threshold. A training probes images with one object more than was counted, at
+  the next lower peak.
 - Peaks are the largest of a window wider than 3 x 3: it counts better while they are wide.
 - z_loc is one-hot in training too (straight-through): soft places smear sprites over objects.
 - The gradient of a drawn place compares it with its neighbourhood alone; an object that is not
@@ -71,11 +71,13 @@ from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import SceneModel
 from pyro_scenes.priors import LearnedCount, StandardNormal, UniformPlaces
 from pyro_scenes.scene import Scene
-from pyro_scenes.spatial import crops, dilated, find_peaks, ink_boxes, place_sprites, windows
+from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, windows
 
 # A place within the window of an earlier one is shut to the guide, yet preferred to the place
 # itself: on a canvas smaller than the window there would be nowhere else to go.
 NEAR = USED / 100
+# How much sharper the place of a probe is than other places.
+PROBE = 5.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Encoded:
 
     heights: Tensor  # (B, H, W), h_loc
     count: Tensor  # (B,) f_count(h_loc): long, or float with a gradient in training
-    probe: Tensor | None = None  # (B,) long, the last object's place; -1 where it is drawn too
+    probed: Tensor | None = None  # (B,) bool: the last object is one more than f_count's
 
 
 class LAVAE(SceneModel):
@@ -254,44 +256,27 @@ class LAVAE(SceneModel):
 
     # --- the guide --------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, probes: int = 0) -> Encoded:
+    def encode(self, x: Tensor, probed: Tensor | None = None) -> Encoded:
         """h_loc and f_count(h_loc) (eq. 7), once for all particles.
 
-        :param probes: so many images get one object more than counted, in a training: those with
-            the most ink that the counted objects do not cover.
+        :param probed: (B,) bool, images to draw one object more in than counted, in a training.
         """
         self.check(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             heights = self.location_net(x)  # (B, H, W)
         config = self.config
         peaks = find_peaks(heights.detach(), 0.0, config.count_window)
-        found = peaks & (heights > config.count_threshold)  # (B, H, W)
-        count, probe = found.sum((-2, -1)), None  # (B,)
-        if probes:
-            probe = self._missed(x, found, probes)
-            count = count + (probe >= 0)
+        count = (peaks & (heights > config.count_threshold)).sum((-2, -1))  # (B,)
+        count = count if probed is None else count + probed
         if self.temperature is None or config.count_softness == 0 or not heights.requires_grad:
-            return Encoded(heights, count, probe)
-        # Straight-through: f_count's slope lies in the lowest peak that is drawn, or the probe.
+            return Encoded(heights, count, probed)
+        # Straight-through: the slope of f_count lies in the lowest peak that is drawn.
         candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
         highest = candidates.topk(min(config.max_objects, candidates.shape[1])).values
-        lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None])
-        if probe is not None:
-            there = heights.flatten(1).gather(1, probe.clamp(min=0)[:, None])
-            lowest = torch.where(probe[:, None] < 0, lowest, there)
-        soft = ((lowest - config.count_threshold) / config.count_softness).sigmoid().squeeze(1)
+        lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None]).squeeze(1)
+        soft = ((lowest - config.count_threshold) / config.count_softness).sigmoid()
         soft = torch.where(count > 0, soft, 0.0)
-        return Encoded(heights, count + (soft - soft.detach()), probe)
-
-    def _missed(self, x: Tensor, found: Tensor, probes: int) -> Tensor:
-        """A random pixel of ink outside the windows of counted objects, in the images that have
-        the most of it, -1 in the others, (B,) long."""
-        ink = x.amax(1) * ~dilated(found, self.config.blocked_window)  # (B, H, W)
-        # A little everywhere: where all ink is covered, the background is as good.
-        ink = ink.flatten(1) + 1e-3 * torch.rand_like(ink).flatten(1)
-        chosen = ink.sum(1).topk(min(probes, len(x))).indices
-        place = torch.multinomial(ink[chosen].pow(2), 1)
-        return found.new_full((len(x),), -1, dtype=torch.long).scatter(0, chosen, place.squeeze(1))
+        return Encoded(heights, count + (soft - soft.detach()), probed)
 
     @pyro_method
     def guide(self, x: Tensor, encoded: Encoded | None = None) -> None:
@@ -306,10 +291,10 @@ class LAVAE(SceneModel):
             steps = int(n.max())
             for i in pyro.markov(range(steps), history=max(steps, 1)):
                 here = logits
-                if encoded.probe is not None:
-                    last = (encoded.probe >= 0) & (i == n.detach() - 1)
-                    there = one_hot(encoded.probe.clamp(min=0), logits.shape[-1])
-                    here = torch.where(last[:, None], USED * (1 - there), logits)
+                if encoded.probed is not None:
+                    # The next lower peak, which all of the background would outweigh.
+                    last = encoded.probed & (i == n.detach() - 1)
+                    here = torch.where(last[:, None], PROBE * logits, logits)
                 with _if_present(i, n):
                     site = OneHotPlace(here, self.temperature, self.config.straight_through)
                     z_loc = pyro.sample(f"z_loc_{i}", site)  # (B, D)
