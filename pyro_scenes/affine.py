@@ -1,0 +1,78 @@
+"""Windows on images: Discrete-AIR's factorised affine transform, and reading and writing by it.
+
+T^d = T_st T_r T_k (eq. 1) takes window coordinates to image coordinates, and its inverse T^e =
+T_k^-1 T_r^-1 T_st^-1 takes them back. Both squares go from -1 to 1, edge to edge, x to the right
+and y down; the scale is the window's part of the image, and a positive angle turns clockwise as
+displayed.
+
+========  ============  ==================================================
+symbol    column        meaning
+========  ============  ==================================================
+s_x, s_y  scale         half the window's sides, in units of half the image's; not 0
+omega     angle         radians
+k_x, k_y  shear         of T_k = [[1 + k_x k_y, k_x], [k_y, 1]], whose determinant is 1
+t_x, t_y  translation   of the window's centre
+========  ============  ==================================================
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAST = 1e-3  # scales nearer to 0 count as this, so that the inverse exists
+
+
+def to_image(scale: Tensor, angle: Tensor, shear: Tensor, translation: Tensor) -> Tensor:
+    """T^d. :param angle: (...); the others (..., 2). :return: (..., 3, 3)."""
+    k_x, k_y = shear.unbind(-1)
+    t_r, t_k = _rotation(angle), _matrix(1 + k_x * k_y, k_x, k_y, torch.ones_like(k_x))
+    s_x, s_y = _away_from_0(scale).unbind(-1)
+    t_x, t_y = translation.unbind(-1)
+    nothing = torch.zeros_like(s_x)
+    return _matrix(s_x, nothing, nothing, s_y, t_x, t_y) @ t_r @ t_k
+
+
+def to_window(scale: Tensor, angle: Tensor, shear: Tensor, translation: Tensor) -> Tensor:
+    """T^e, the exact inverse of `to_image` for the same arguments, (..., 3, 3)."""
+    k_x, k_y = shear.unbind(-1)
+    t_r, t_k = _rotation(-angle), _matrix(torch.ones_like(k_x), -k_x, -k_y, 1 + k_x * k_y)
+    s_x, s_y = _away_from_0(scale).unbind(-1)
+    t_x, t_y = translation.unbind(-1)
+    nothing = torch.zeros_like(s_x)
+    return t_k @ t_r @ _matrix(1 / s_x, nothing, nothing, 1 / s_y, -t_x / s_x, -t_y / s_y)
+
+
+def warp(source: Tensor, transform: Tensor, size: tuple[int, int]) -> Tensor:
+    """Sample a picture where a transform takes each pixel, bilinear, 0 beyond its edges.
+
+    To read windows off images, give `to_image`; to write windows onto canvases, `to_window`.
+
+    :param source: (B, C, H, W). :param transform: (B, 3, 3), of the result's coordinates.
+    :param size: (h, w) of the result. :return: (B, C, h, w).
+    """
+    shape = [len(source), source.shape[1], *size]
+    grid = F.affine_grid(transform[:, :2], shape, align_corners=False)
+    return F.grid_sample(source, grid, "bilinear", "zeros", align_corners=False)
+
+
+def _away_from_0(scale: Tensor) -> Tensor:
+    """The same sign, at least LEAST from 0."""
+    sign = torch.where(scale < 0, -1.0, 1.0).to(scale)
+    return sign * scale.abs().clamp(min=LEAST)
+
+
+def _rotation(angle: Tensor) -> Tensor:
+    cos, sin = angle.cos(), angle.sin()
+    return _matrix(cos, -sin, sin, cos)
+
+
+def _matrix(
+    a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor | None = None, y: Tensor | None = None
+) -> Tensor:
+    """[[a, b, x], [c, d, y], [0, 0, 1]] of tensors (...), (..., 3, 3)."""
+    nothing, one = torch.zeros_like(a), torch.ones_like(a)
+    x, y = nothing if x is None else x, nothing if y is None else y
+    rows = [torch.stack(row, -1) for row in ((a, b, x), (c, d, y), (nothing, nothing, one))]
+    return torch.stack(rows, -2)
