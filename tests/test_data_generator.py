@@ -300,7 +300,7 @@ def test_sprites_fill_the_cell_and_no_more():
     ("multi-dsprites", "657deec7f7bbcf3fc902adafa45df6f30b35625f449b16c169f197c097d15dd2"),
     ("multi-mnist-1k", "00232335eaa455e735f108f97ff20a6982cbce793dac162223c3f35289c5df33"),
     ("multi-mnist-10k", "7e3d478cd3bc50763ee87b60ebcf2230d004dc8c286c9b6343bec8fbc7fd3c75"),
-    ("multi-sprites", "efb0363a99d962cd145d4c3bd4c2e3f371cdb1cd04a09fedf4cf7845e3d390e4"),
+    ("multi-sprites", "2f13b160274cb3b0cf9cd6e45828a7f72c4aec7513fe337a95dfb4be4f86498a"),
     ("multi-mnist", "4e0874c0054076d2849280deb94369162952143499158b323d4146754e0e2a81"),
     ("multi-mnist-new-digits",
      "b11e3b1cbca17576b6cf4aa9edc1feb995fea79afda9cf7765c43c562f3f8a42"),

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from pyro_scenes.data.generator import CHUNK, DatasetSpec, Maker, Sprites, sprite_scenes
+from pyro_scenes.data.grey import GreyCanvas
 from pyro_scenes.data.mnist import read_mnist
-from pyro_scenes.data.multi_sprites import ink_box
 from pyro_scenes.data.placing import Draws
 from pyro_scenes.errors import UserError
 
@@ -58,9 +58,8 @@ CANVAS = 50  # pixels
 # How many times smaller a digit gets. AIR's users know a normal variable of mean 1.3 and standard
 # deviation 0.1; this uniform one has both.
 SHRINK = 1.3 - 0.1 * 3**0.5, 1.3 + 0.1 * 3**0.5
-WINDOW = 27  # pixels, odd: holds the largest digit wherever its centre is in the middle pixel
+WINDOW, INK = 27, 64  # see GreyCanvas
 TRIES = 1000  # of one object, before a scene is given up
-INK = 64  # of 255: what counts as the object's in its box and in the segmentation
 
 
 def grey_scenes(split: str) -> Maker:
@@ -78,10 +77,7 @@ def grey_scenes(split: str) -> Maker:
         counts = low + draws.below(high - low + 1, CHUNK)
         kind, digit = (np.full((CHUNK, high), -1) for _ in range(2))
         x, y, shrink = (np.full((CHUNK, high), np.nan) for _ in range(3))
-        canvas = np.zeros((CHUNK, CANVAS + 2 * WINDOW, CANVAS + 2 * WINDOW), np.uint8)
-        label = np.zeros_like(canvas) if segmentation else None
-        boxes = np.full((CHUNK, high, 4), np.nan, np.float32)
-        window = np.arange(WINDOW) - WINDOW // 2
+        canvas = GreyCanvas(CHUNK, high, CANVAS, WINDOW, INK, segmentation)
         for slot in range(high):
             todo = np.flatnonzero(counts > slot)
             for _ in range(TRIES):
@@ -93,37 +89,17 @@ def grey_scenes(split: str) -> Maker:
                 half = 14 / factor
                 cx, cy = half + (CANVAS - 2 * half) * part[1:]
                 x[todo, slot], y[todo, slot], shrink[todo, slot] = cx, cy, factor
-                column, row = np.floor(cx).astype(int), np.floor(cy).astype(int)
                 ink = shrunk(
-                    images, digit[todo, slot], factor,
-                    window + (column + 0.5 - cx)[:, None], window + (row + 0.5 - cy)[:, None])
-                index = (todo[:, None, None], (row[:, None] + WINDOW + window)[:, :, None],
-                         (column[:, None] + WINDOW + window)[:, None, :])
-                clear = (255 - canvas[index] >= ink).all((1, 2))
-                done, ink = todo[clear], ink[clear]
-                index = tuple(part[clear] for part in index)
-                if label is not None:
-                    mine = (ink >= INK) & (ink > canvas[index])
-                    label[index] = np.where(mine, slot + 1, label[index])
-                canvas[index] += ink
-                boxes[done, slot] = ink_box(
-                    ink >= INK, column[clear] - WINDOW // 2, row[clear] - WINDOW // 2)
-                todo = todo[~clear]
+                    images, digit[todo, slot], factor, canvas.offsets(cx), canvas.offsets(cy))
+                fits = canvas.fits(todo, cx, cy, ink)
+                canvas.paint(todo[fits], slot, cx[fits], cy[fits], ink[fits])
+                todo = todo[~fits]
             if len(todo):
                 raise UserError(f"{high} digits do not fit on {CANVAS} x {CANVAS} pixels; ask for"
                                 " fewer")
         present = digit >= 0
         kind[present] = labels[digit[present]]
-        inside = slice(WINDOW, WINDOW + CANVAS)
-        made = {
-            "pixels": canvas[:, inside, inside, None],
-            "counts": counts,
-            "categories": kind,
-            "boxes": boxes,
-            "digit": digit,
-        }
-        if label is not None:
-            made["segmentation"] = label[:, inside, inside]
+        made = canvas.arrays() | {"counts": counts, "categories": kind, "digit": digit}
         for name, values in (("x", x), ("y", y), ("shrink", shrink)):
             made[name] = values.astype(np.float32)
         return made

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pyro_scenes.data.generator import CHUNK, DatasetSpec
+from pyro_scenes.data.grey import GreyCanvas
 from pyro_scenes.data.placing import Draws
 from pyro_scenes.errors import UserError
 
@@ -18,8 +19,7 @@ SMALLEST, LARGEST = 11.0, 20.0
 # Centres are at least so many times the sum of the two radii apart.
 APART = 0.9
 TRIES = 1000  # of one object, before a scene is given up
-WINDOW = 23  # pixels, odd: holds the largest shape wherever its centre is in the middle pixel
-INK = 128  # of 255: what counts as the object's in its box and in the segmentation
+WINDOW, INK = 23, 128  # see GreyCanvas
 
 
 def scenes(
@@ -55,32 +55,14 @@ def scenes(
             todo = todo[(apart < needed).any(1)]
         if len(todo):
             raise UserError(f"{high} objects do not fit on {SIDE} x {SIDE} pixels; ask for fewer")
-    canvas = np.zeros((CHUNK, SIDE + 2 * WINDOW, SIDE + 2 * WINDOW), np.uint8)
-    label = np.zeros_like(canvas) if segmentation else None
-    boxes = np.full((CHUNK, high, 4), np.nan, np.float32)
-    window = np.arange(WINDOW) - WINDOW // 2
+    canvas = GreyCanvas(CHUNK, high, SIDE, WINDOW, INK, segmentation)
     for slot in range(high):
         at = np.flatnonzero(counts > slot)
-        column, row = np.floor(x[at, slot]).astype(int), np.floor(y[at, slot]).astype(int)
-        # Pixel centres from the object's centre.
-        dx = window + (column + 0.5 - x[at, slot])[:, None]
-        dy = window + (row + 0.5 - y[at, slot])[:, None]
-        ink = coverage(kind[at, slot], size[at, slot], angle[at, slot], dx, dy)
-        index = (at[:, None, None], (row[:, None] + WINDOW + window)[:, :, None],
-                 (column[:, None] + WINDOW + window)[:, None, :])
-        if label is not None:
-            label[index] = np.where((ink >= INK) & (ink > canvas[index]), slot + 1, label[index])
-        canvas[index] = np.maximum(canvas[index], ink)
-        boxes[at, slot] = ink_box(ink >= INK, column - WINDOW // 2, row - WINDOW // 2)
-    inside = slice(WINDOW, WINDOW + SIDE)
-    made = {
-        "pixels": canvas[:, inside, inside, None],
-        "counts": counts,
-        "categories": kind,
-        "boxes": boxes,
-    }
-    if label is not None:
-        made["segmentation"] = label[:, inside, inside]
+        cx, cy = x[at, slot], y[at, slot]
+        ink = coverage(kind[at, slot], size[at, slot], angle[at, slot],
+                       canvas.offsets(cx), canvas.offsets(cy))
+        canvas.paint(at, slot, cx, cy, ink)
+    made = canvas.arrays() | {"counts": counts, "categories": kind}
     for name, values in (("x", x), ("y", y), ("size", size), ("angle", angle)):
         made[name] = values.astype(np.float32)
     return made
@@ -113,17 +95,6 @@ def coverage(
     ellipse = ramp((level - 1) * level / np.maximum(steepness, 1e-9))
     ink = np.choose(kind[:, None, None], [square, triangle, ellipse])
     return np.rint(255 * ink).astype(np.uint8)
-
-
-def ink_box(ink: np.ndarray, left: np.ndarray, top: np.ndarray) -> np.ndarray:
-    """float32 (n, 4) centre x, y, width, height of masks (n, W, W) whose corners are given."""
-    ends = []
-    for axis, corner in ((1, left), (2, top)):
-        line = np.asarray(ink.any(axis))
-        first, last = line.argmax(1), line.shape[1] - line[:, ::-1].argmax(1)
-        ends.append((corner + (first + last) / 2, last - first))
-    (cx, w), (cy, h) = ends
-    return np.stack([cx, cy, w, h], 1).astype(np.float32)
 
 
 SPEC = DatasetSpec("multi-sprites", (SIDE, SIDE, 1), SHAPES, scenes,
