@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from pyro_scenes.errors import UserError
+
 Index = tuple[np.ndarray, np.ndarray, np.ndarray]
+TRIES = 1000  # of one object, before its scene is given up
+
+
+def until_clear(
+    todo: np.ndarray, attempt: Callable[[np.ndarray], np.ndarray], what: str, side: int
+) -> None:
+    """Place an object in each of some scenes, again in those where it is not clear of the others.
+
+    Args:
+        todo: (k,) scenes. attempt: draws an object for the scenes given and says where it is clear.
+        what: all the objects, for the error; side: of the canvas, pixels.
+
+    Raises:
+        UserError: a scene has no room.
+    """
+    for _ in range(TRIES):
+        if not len(todo):
+            return
+        todo = todo[~attempt(todo)]
+    if len(todo):
+        raise UserError(f"{what} do not fit on {side} x {side} pixels; ask for fewer")
 
 
 class GreyCanvas:

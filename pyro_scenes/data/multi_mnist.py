@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from pyro_scenes.data.generator import CHUNK, DatasetSpec, Maker, Sprites, sprite_scenes
-from pyro_scenes.data.grey import GreyCanvas
+from pyro_scenes.data.grey import GreyCanvas, until_clear
 from pyro_scenes.data.mnist import read_mnist
 from pyro_scenes.data.placing import Draws
-from pyro_scenes.errors import UserError
 
 CELL = 15  # pixels: a digit's width and height, margins included
 
@@ -59,7 +58,6 @@ CANVAS = 50  # pixels
 # deviation 0.1; this uniform one has both.
 SHRINK = 1.3 - 0.1 * 3**0.5, 1.3 + 0.1 * 3**0.5
 WINDOW, INK = 27, 64  # see GreyCanvas
-TRIES = 1000  # of one object, before a scene is given up
 
 
 def grey_scenes(split: str) -> Maker:
@@ -79,10 +77,8 @@ def grey_scenes(split: str) -> Maker:
         x, y, shrink = (np.full((CHUNK, high), np.nan) for _ in range(3))
         canvas = GreyCanvas(CHUNK, high, CANVAS, WINDOW, INK, segmentation)
         for slot in range(high):
-            todo = np.flatnonzero(counts > slot)
-            for _ in range(TRIES):
-                if not len(todo):
-                    break
+
+            def attempt(todo: np.ndarray, slot: int = slot) -> np.ndarray:
                 digit[todo, slot] = draws.below(len(images), len(todo))
                 part = draws.unit((3, len(todo)))
                 factor = SHRINK[0] + (SHRINK[1] - SHRINK[0]) * part[0]
@@ -93,10 +89,9 @@ def grey_scenes(split: str) -> Maker:
                     images, digit[todo, slot], factor, canvas.offsets(cx), canvas.offsets(cy))
                 fits = canvas.fits(todo, cx, cy, ink)
                 canvas.paint(todo[fits], slot, cx[fits], cy[fits], ink[fits])
-                todo = todo[~fits]
-            if len(todo):
-                raise UserError(f"{high} digits do not fit on {CANVAS} x {CANVAS} pixels; ask for"
-                                " fewer")
+                return fits
+
+            until_clear(np.flatnonzero(counts > slot), attempt, f"{high} digits", CANVAS)
         present = digit >= 0
         kind[present] = labels[digit[present]]
         made = canvas.arrays() | {"counts": counts, "categories": kind, "digit": digit}

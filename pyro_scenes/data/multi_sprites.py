@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from pyro_scenes.data.generator import CHUNK, DatasetSpec
-from pyro_scenes.data.grey import GreyCanvas
+from pyro_scenes.data.grey import GreyCanvas, until_clear
 from pyro_scenes.data.placing import Draws
-from pyro_scenes.errors import UserError
 
 SHAPES = ("square", "triangle", "ellipse")
 SIDE = 64  # pixels of the canvas
@@ -18,7 +17,6 @@ SIDE = 64  # pixels of the canvas
 SMALLEST, LARGEST = 11.0, 20.0
 # Centres are at least so many times the sum of the two radii apart.
 APART = 0.9
-TRIES = 1000  # of one object, before a scene is given up
 WINDOW, INK = 23, 128  # see GreyCanvas
 
 
@@ -39,10 +37,8 @@ def scenes(
     kind = np.full((CHUNK, high), -1)
     x, y, size, angle = (np.full((CHUNK, high), np.nan) for _ in range(4))
     for slot in range(high):
-        todo = np.flatnonzero(counts > slot)
-        for _ in range(TRIES):
-            if not len(todo):
-                break
+
+        def attempt(todo: np.ndarray, slot: int = slot) -> np.ndarray:
             kind[todo, slot] = draws.below(len(SHAPES), len(todo))
             part = draws.unit((4, len(todo)))
             size[todo, slot] = SMALLEST + (LARGEST - SMALLEST) * part[0]
@@ -52,9 +48,9 @@ def scenes(
             apart = np.hypot(x[todo, :slot] - x[todo, slot, None],
                              y[todo, :slot] - y[todo, slot, None])
             needed = APART * (size[todo, :slot] / 2 + radius[:, None])
-            todo = todo[(apart < needed).any(1)]
-        if len(todo):
-            raise UserError(f"{high} objects do not fit on {SIDE} x {SIDE} pixels; ask for fewer")
+            return (apart >= needed).all(1)
+
+        until_clear(np.flatnonzero(counts > slot), attempt, f"{high} objects", SIDE)
     canvas = GreyCanvas(CHUNK, high, SIDE, WINDOW, INK, segmentation)
     for slot in range(high):
         at = np.flatnonzero(counts > slot)
