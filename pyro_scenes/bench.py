@@ -35,7 +35,8 @@ from pyro_scenes.data import SceneData, make
 from pyro_scenes.evaluate import iwae
 from pyro_scenes.machine import machine
 from pyro_scenes.models.lavae import LAVAE
-from pyro_scenes.objectives import LAVAEObjective, temporarily
+from pyro_scenes.objectives.base import temporarily
+from pyro_scenes.objectives.lavae import LAVAEObjective
 from pyro_scenes.training import OPTIMIZERS
 
 DATA = "multi-dsprites"

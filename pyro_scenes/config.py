@@ -33,16 +33,23 @@ class TrainConfig:
     eval_images: int = 500  # of that look
 
 
+AIR_PAPER = TrainConfig(
+    steps=375_000, beta2=0.999, precision="float32", eval_every=1000  # 300 epochs of 80,000
+)
 TRAINING = {
-    "fast": TrainConfig(),
-    "paper": TrainConfig(
-        steps=100_000,
-        optimizer="adamax",
-        beta2=0.999,
-        clip=0.0,
-        precision="float32",
-        eval_every=1000,
-    ),
+    "lavae": {
+        "fast": TrainConfig(),
+        "paper": TrainConfig(
+            steps=100_000,
+            optimizer="adamax",
+            beta2=0.999,
+            clip=0.0,
+            precision="float32",
+            eval_every=1000,
+        ),
+    },
+    "discrete-air": {"fast": TrainConfig(), "paper": AIR_PAPER},
+    "air": {"fast": TrainConfig(), "paper": AIR_PAPER},
 }
 
 
@@ -53,6 +60,10 @@ LEAST = {
     **dict.fromkeys(("eval_images", "max_objects", "latent", "appearance_width"), 1),
     **dict.fromkeys(("appearance_hidden", "sprite_hidden", "sprite_width"), 1),
     **dict.fromkeys(("sprite", "crop", "count_window", "blocked_window"), 1),
+    **dict.fromkeys(("classes", "code", "decoder_hidden", "hidden", "glimpse_width"), 1),
+    **dict.fromkeys(("window", "glimpse"), 8),
+    **dict.fromkeys(("blur", "shut"), 0.1),
+    **dict.fromkeys(("sigma", "scale_least", "angle_deviation", "more"), 1e-3),
     "location_width": 2,
     **dict.fromkeys(("temperature", "temperature_end", "logit_scale"), 1e-6),
     **dict.fromkeys(("floor", "likelihood_floor"), 1e-7),
@@ -113,7 +124,7 @@ def make_config(
     """
     if model not in MODELS:
         raise UserError(f"no model is called {model!r}; there are {', '.join(MODELS)}")
-    presets = MODELS[model][1]
+    _, presets, suited = MODELS[model]
     if preset not in presets:
         raise UserError(f"{model} has no preset {preset!r}; it has {', '.join(presets)}")
     if known and data not in DATASETS and not Path(data).is_file():
@@ -121,9 +132,8 @@ def make_config(
             f"no data set and no file is called {data!r}; the data sets are {', '.join(DATASETS)}"
         )
     schedules = OBJECTIVES[model][1]
-    config = RunConfig(
-        model, data, preset, seed, TRAINING[preset], schedules[preset], presets[preset]
-    )
+    net = replace(presets[preset], **suited.get(preset, {}).get(data, {}))
+    config = RunConfig(model, data, preset, seed, TRAINING[model][preset], schedules[preset], net)
     if steps is not None:
         settings = [*settings, f"steps={steps}"]
     for setting in settings:

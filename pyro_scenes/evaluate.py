@@ -101,8 +101,11 @@ def evaluate(
 ) -> dict:
     """Figures of a model on held-out images, ready for JSON; None where one does not apply.
 
-    nll is the mean of -log p(x) by the bound, in nats per image, and needs binary images where
-    the likelihood is Bernoulli; accuracies are fractions; ari is the mean over images with objects.
+    nll is the mean of -log p(x) by the bound, in nats per image, under the likelihood that stands
+    beside it; a Bernoulli one needs binary images. Accuracies are fractions; ari is the mean over
+    images with objects. category_correspondence is the paper's, without places;
+    placed_correspondence and purity match objects by place first (see `metrics`); classes is the
+    number of categories in use.
 
     :param particles: importance samples an image; 0 to leave the likelihood out.
     :param images: only the first so many. :param limit: most objects in an image.
@@ -112,21 +115,25 @@ def evaluate(
     data = data if images is None else data[:images]
     model.check(data.batch(slice(0, 1)))
     result: dict = {
-        "model": next((name for name, (kind, _) in MODELS.items() if type(model) is kind), None),
+        "model": next((name for name, (kind, *_) in MODELS.items() if type(model) is kind), None),
         "data": data.name,
         "images": len(data),
         "particles": particles,
+        "likelihood": model.likelihood.name,
         "nll": None,
         "nll_stderr": None,
         "count_accuracy": None,
         "count_confusion": None,
         "category_correspondence": None,
+        "placed_correspondence": None,
+        "purity": None,
+        "classes": None,
         "ari": None,
         "seed": seed,
     }
     if isinstance(model, SceneModel):
         result |= _scene_figures(model, data, limit)
-    if data.binary and particles:
+    if particles and (data.binary or not model.likelihood.binary):
         with torch.random.fork_rng(), pyro.validation_enabled(False):
             torch.manual_seed(seed)
             nll = -likelihoods(model, data, particles, chunk, progress).double()
@@ -144,10 +151,15 @@ def _scene_figures(model: SceneModel, data: SceneData, limit: float | None) -> d
         counts = scene.counts.numpy()
         figures["count_accuracy"] = float(metrics.count_correct(counts, data.counts).mean())
         figures["count_confusion"] = metrics.count_confusion(counts, data.counts)
-    if data.categories is not None and scene.kind is not None:
-        figures["category_correspondence"] = metrics.category_correspondence(
-            scene.kind.numpy(), data.categories
-        )
+    if scene.kind is not None:
+        kind, labels = scene.kind.numpy(), data.categories
+        figures["classes"] = metrics.classes_in_use(kind)
+        if labels is not None:
+            figures["category_correspondence"] = metrics.category_correspondence(kind, labels)
+        if labels is not None and data.boxes is not None:
+            matches = metrics.match_by_place(scene.boxes.numpy(), data.boxes)
+            figures["placed_correspondence"] = metrics.placed_correspondence(kind, labels, matches)
+            figures["purity"] = metrics.purity(kind, labels, matches)
     if data.segmentation is not None:
         ari = metrics.foreground_ari(data.segmentation, segmentation.numpy())
         if not all(math.isnan(value) for value in ari):

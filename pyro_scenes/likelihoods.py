@@ -1,11 +1,14 @@
-"""Likelihoods of an image given its mean."""
+"""Likelihoods of an image given its mean: components with a `name` for what is printed."""
 
 from __future__ import annotations
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
+
+from pyro_scenes.errors import UserError
 
 
 class BernoulliImage(nn.Module):
@@ -16,6 +19,9 @@ class BernoulliImage(nn.Module):
         it for a time; the configured value is the model's.
     """
 
+    name = "bernoulli"
+    binary = True  # of grey values it is no density
+
     def __init__(self, floor: float = 1e-5):
         super().__init__()
         self.floor = floor
@@ -24,6 +30,33 @@ class BernoulliImage(nn.Module):
         """:param mean: (..., C, H, W). The event is the whole image."""
         mean = self.floor + (1.0 - 2.0 * self.floor) * mean.clamp(0.0, 1.0)
         return BernoulliPixels(mean).to_event(3)
+
+
+class NormalImage(nn.Module):
+    """Independent normal pixels and channels of one standard deviation (AIR, eq. 4)."""
+
+    binary = False
+
+    def __init__(self, sigma: float = 0.3):
+        super().__init__()
+        self.sigma = sigma
+
+    @property
+    def name(self) -> str:
+        return f"normal, sigma {self.sigma:g}"
+
+    def forward(self, mean: Tensor) -> TorchDistribution:
+        """:param mean: (..., C, H, W). The event is the whole image."""
+        return dist.Normal(mean, self.sigma).to_event(3)
+
+
+def likelihood(kind: str, sigma: float, floor: float) -> nn.Module:
+    """A likelihood by name. :raises UserError: for another."""
+    if kind == "normal":
+        return NormalImage(sigma)
+    if kind == "bernoulli":
+        return BernoulliImage(floor)
+    raise UserError(f"likelihood must be normal or bernoulli, not {kind!r}")
 
 
 class BernoulliPixels(TorchDistribution):

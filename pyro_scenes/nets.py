@@ -215,3 +215,71 @@ class _PlainResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.leaky_relu(self.first(x)))
+
+
+class WindowEncoder(nn.Sequential):
+    """Window -> features: three strided convolutions and a linear layer."""
+
+    def __init__(self, channels: int, side: int, width: int, features: int):
+        cells = (-(-side // 8)) ** 2
+        super().__init__(
+            nn.Conv2d(channels, width, 5, 2, 2),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, 2, 1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, 2, 1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * cells, features),
+            nn.SiLU(),
+        )
+
+
+class PaperEmbedding(nn.Sequential):
+    """Image -> features: convolutions and pooling, then all places in one vector (D-AIR, C.1)."""
+
+    def __init__(self, channels: int, size: tuple[int, int]):
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((channels, 16, 24), (16, 24, 32), strict=True):
+            layers += [
+                nn.Conv2d(inputs, outputs, 5, padding=2), nn.BatchNorm2d(outputs), nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        super().__init__(*layers, nn.Flatten())
+        self.features = 32 * (size[0] // 8) * (size[1] // 8)
+
+
+class PaperEncoder(nn.Sequential):
+    """Window -> features: three strided convolutions (D-AIR, C.1)."""
+
+    def __init__(self, channels: int, side: int):
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((channels, 48, 64), (48, 64, 96), strict=True):
+            layers += [
+                nn.Conv2d(inputs, outputs, 5, 2, 2), nn.BatchNorm2d(outputs), nn.ReLU(),
+            ]
+        super().__init__(*layers, nn.Flatten())
+        self.features = 96 * (-(-side // 8)) ** 2
+
+
+class PaperDecoder(nn.Sequential):
+    """Code -> window of 32 x 32: linear and transposed convolutions (D-AIR, table 2)."""
+
+    def __init__(self, code: int, channels: int):
+        super().__init__(
+            nn.ReLU(), nn.Linear(code, 1024), nn.ReLU(), nn.Unflatten(-1, (64, 4, 4)),
+            nn.ConvTranspose2d(64, 48, 4, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
+            nn.ConvTranspose2d(48, 32, 4, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.ConvTranspose2d(32, channels, 4, 2, 1), nn.Sigmoid(),
+        )
+        # Templates start dim, as sprites do.
+        nn.init.constant_(self[-2].bias, -2.0)  # type: ignore[arg-type]
+
+
+def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Linear layers with SiLU between."""
+    sizes = (inputs, *hidden)
+    layers: list[nn.Module] = []
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))

@@ -37,6 +37,51 @@ class UniformCount(nn.Module):
         return dist.Categorical(logits=self.masses.log())
 
 
+class GeometricCount(nn.Module):
+    """p(n) in proportion to ``more ** n`` up to the limit, which takes the tail (AIR, section 2).
+
+    :param more: probability of one more object, in (0, 1).
+    """
+
+    def __init__(self, more: float, limit: int):
+        super().__init__()
+        if not 0 < more < 1:
+            raise UserError(f"the probability of one more object lies in (0, 1), not at {more:g}")
+        masses = more ** torch.arange(limit + 1.0)
+        masses[:-1] *= 1 - more
+        self.masses = nn.Buffer(masses, persistent=False)  # (limit + 1,)
+
+    def forward(self) -> dist.Categorical:
+        return dist.Categorical(logits=self.masses.log())
+
+
+def presence_logits(count: dist.Categorical, steps: int) -> Tensor:
+    """log p(z_pres_t = 0 and 1, given t objects before), (T, 2), of any prior over counts.
+
+    :raises UserError: if the prior gives mass to more objects than there are steps.
+    """
+    masses = count.logits.exp()
+    if len(masses) > steps + 1 and masses[steps + 1 :].sum() > 1e-6:
+        raise UserError(f"the prior allows more objects than the model's {steps} steps")
+    masses = torch.cat([masses, masses.new_zeros(steps + 1)])[: steps + 1]
+    tail = masses.flip(0).cumsum(0).flip(0)  # P(n >= t)
+    stop = torch.where(tail[:-1] > 0, masses[:-1] / tail[:-1].clamp(min=1e-30), 1.0)
+    more = torch.where(tail[:-1] > 0, tail[1:] / tail[:-1].clamp(min=1e-30), 0.0)
+    # Finite: a one-hot vector times a logarithm of 0 would be NaN.
+    return torch.stack([stop, more], -1).log().clamp(min=USED)
+
+
+class UniformCategory(nn.Module):
+    """p(z_cat) uniform over K categories (Discrete-AIR, section 2)."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.logits = nn.Buffer(torch.zeros(classes), persistent=False)
+
+    def forward(self) -> dist.OneHotCategorical:
+        return dist.OneHotCategorical(logits=self.logits)
+
+
 class UniformPlaces(nn.Module):
     """Places drawn uniformly without replacement (LAVAE, eq. 3)."""
 

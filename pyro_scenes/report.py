@@ -71,14 +71,19 @@ def write_objects(out: Path, scene: Scene, form: str | None) -> None:
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """The figures of `evaluate`, a row a data set; a dash where one does not apply."""
-    rows = [("", "images", "count right", "-log p(x) <= (nats)", "categories right", "ARI")]
+    rows = [(
+        "", "images", "count right", "-log p(x) <= (nats)", "categories right", "classes",
+        "right in place", "purity", "ARI",
+    )]
     for name, row in figures.items():
         nll = _number(row["nll"], "{:.2f}")
         if row["nll_stderr"] is not None:
             nll += f" +- {row['nll_stderr']:.2f}"
         rows.append((
             name, f"{row['images']:,}", _number(row["count_accuracy"], "{:.2%}"), nll,
-            _number(row["category_correspondence"], "{:.2%}"), _number(row["ari"], "{:.3f}"),
+            _number(row["category_correspondence"], "{:.2%}"), _number(row["classes"], "{}"),
+            _number(row["placed_correspondence"], "{:.2%}"), _number(row["purity"], "{:.2%}"),
+            _number(row["ari"], "{:.3f}"),
         ))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(

@@ -13,7 +13,8 @@ from torch import Tensor
 from pyro_scenes import bench, plain
 from pyro_scenes.data import SceneData, make
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
-from pyro_scenes.objectives import LAVAEObjective, LAVAESchedule, temporarily
+from pyro_scenes.objectives.base import temporarily
+from pyro_scenes.objectives.lavae import LAVAEObjective, LAVAESchedule
 
 TINY = LAVAEConfig(
     max_objects=3, latent=2, sprite=5, crop=7, location_width=8, location_blocks=1,

@@ -37,6 +37,8 @@ TINY = {
 TRAIN = "svi-train --model lavae --data data.npz --steps 3 " + " ".join(
     f"--set {name}={value}" for name, value in TINY.items())
 
+CONVERT = "make-scenes --trust-pickled-labels --from-pyro"
+
 
 def run(line: str) -> Result:
     """Run a command line, words separated by spaces."""
@@ -89,6 +91,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.savez("no-images.npz", counts=np.ones(4, np.int64))
         np.savez("floats.npz", images=scenes(4)["images"] / np.float32(255))
         np.savez("pickled.npz", images=np.array([Payload()], object))
+        x = scenes(3, channels=1)["images"][..., 0]
+        np.savez("pyro.npz", x=x, y=np.array([[3], [], [1, 2]], object))
+        np.savez("hostile.npz", x=x, y=np.array([[3], [], Payload()], object))
         Path("text.npz").write_text("not a zip archive")
         whole = Path("data.npz").read_bytes()
         Path("cut.npz").write_bytes(whole[:len(whole) // 2])
@@ -198,6 +203,20 @@ BAD = [
     ("make-scenes multi-dsprites --out kept.npz", "kept.npz"),
     ("make-scenes multi-dsprites --images 0", "--images"),
     ("make-scenes multi-mnist-1k --mnist empty", "empty"),
+    ("make-scenes", "NAME"),
+    ("make-scenes multi-dsprites --from-pyro pyro.npz --out new.npz", "NAME"),
+    ("make-scenes multi-dsprites --trust-pickled-labels --out new.npz", "--from-pyro"),
+    ("make-scenes --from-pyro pyro.npz --out new.npz", "--trust-pickled-labels"),
+    (f"{CONVERT} nope.npz --out new.npz", "nope.npz"),
+    (f"{CONVERT} text.npz --out new.npz", "text.npz"),
+    (f"{CONVERT} data.npz --out new.npz", "data.npz"),
+    (f"{CONVERT} hostile.npz --out new.npz", "asks for"),
+    (f"{CONVERT} hostile.npz --out kept.npz --force", "asks for"),
+    (f"{CONVERT} pyro.npz --out kept.npz", "kept.npz"),
+    (f"{CONVERT} pyro.npz", "--out"),
+    (f"{CONVERT} pyro.npz --out new.npz --images 2", "--images"),
+    (f"{CONVERT} pyro.npz --out new.npz --seed 0", "--seed"),
+    ("svi-train --model lavae --data hostile.npz --steps 1 --set batch_size=999", "batch_size"),
 ]
 
 
@@ -411,6 +430,16 @@ def test_made_scenes_follow_the_seed_and_the_number_of_objects(folder: Path) -> 
     assert a.counts is not None and set(a.counts) <= {2, 3, 4} and len(a) == 12
     crowded = load_npz("multi-dsprites.npz")
     assert crowded.counts is not None and set(crowded.counts) == {7}
+
+
+def test_labels_of_pyros_file_are_ignored_or_converted(folder: Path) -> None:
+    assert load_npz("pyro.npz").counts is None
+    result = succeeded(f"{CONVERT} pyro.npz --out new.npz")
+    assert result.stdout == "new.npz: 3 images of 32 x 32 x 1, 0 to 2 objects each\n"
+    new = load_npz("new.npz")
+    assert new.counts is not None and new.counts.tolist() == [1, 0, 2]
+    succeeded(f"{CONVERT} pyro.npz --out kept.npz --force")
+    assert np.array_equal(load_npz("kept.npz").images(), load_npz("pyro.npz").images())
 
 
 def test_an_interruption_elsewhere_is_one_line(

@@ -181,6 +181,11 @@ def no_npy_inside(path):
         archive.writestr("images.npy", b"hello")
 
 
+def half_a_header(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00\x0b\x00{'descr': (")
+
+
 def claims(path, shape, payload=b""):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -206,6 +211,7 @@ def cut_short(path):
     (truncated, "no readable npz"),
     (damaged, "no readable npz"),
     (no_npy_inside, "no readable npz"),
+    (half_a_header, "no readable npz"),
     (claims_too_much, "claims 114 GiB"),
     (cut_short, "cut short"),
 ])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_scenes import evaluate, metrics
+from pyro_scenes import evaluate, metrics, report
 from pyro_scenes.data import SceneData
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
@@ -336,6 +336,44 @@ def test_an_evaluation_reports_what_it_should() -> None:
     assert result["nll_stderr"] == pytest.approx(nll.std().item() / 2)
 
 
+def test_an_evaluation_of_categories_and_their_places() -> None:
+    model, data = dots()
+    # By the model, dots left of the middle are 4 and others 9.
+    infer = model.infer
+
+    def categorise(x: Tensor, limit: float | None = None):
+        scene = infer(x, limit)
+        kind = torch.where(scene.where[..., 0] < 2, 4, 9)
+        return replace(scene, kind=kind.masked_fill(~scene.present, -1))
+
+    model.infer = categorise
+    # By the truth it is so in the second and third image, and the other way round in the fourth.
+    none = (np.nan,) * 4
+    truth = {
+        "categories": np.array([[-1, -1], [0, -1], [0, 1], [0, 1]]),
+        "boxes": np.array([
+            [none, none], [(0.5, 0.5, 1, 1), none],
+            [(1.5, 1.5, 1, 1), (3.5, 3.5, 1, 1)], [(3.5, 0.5, 1, 1), (0.5, 3.5, 1, 1)],
+        ], np.float32),
+    }
+    result = evaluate.evaluate(model, replace(data, **truth), particles=0)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["category_correspondence"] == 1 and result["classes"] == 2
+    assert result["placed_correspondence"] == result["purity"] == pytest.approx(3 / 5)
+
+    header, row = report.table({"dots": result}).splitlines()
+    at = [header.index(name) for name in ("categories right", "classes", "right in place", "pur")]
+    assert [row[i:].split()[0] for i in at] == ["100.00%", "2", "60.00%", "60.00%"]
+
+    # Without boxes the paper's figure is left, without labels the classes.
+    result = evaluate.evaluate(model, replace(data, **truth | {"boxes": None}), particles=0)
+    assert result["category_correspondence"] == 1 and result["classes"] == 2
+    assert result["placed_correspondence"] is None and result["purity"] is None
+    result = evaluate.evaluate(model, data, particles=0)
+    assert result["category_correspondence"] is None and result["classes"] == 2
+    assert "%" not in report.table({"dots": result}).split("75.00%")[1]
+
+
 def test_an_evaluation_follows_its_seed_and_its_images() -> None:
     model, data = dots()
     one, same, other = (
@@ -352,7 +390,8 @@ def test_what_cannot_be_measured_is_none() -> None:
     bare = SceneData.from_images("bare", data.images())
     result = evaluate.evaluate(model, bare[:1], particles=2, progress=False)
     assert {k for k, value in result.items() if value is None} == {
-        "nll_stderr", "count_accuracy", "count_confusion", "category_correspondence", "ari"}
+        "nll_stderr", "count_accuracy", "count_confusion", "category_correspondence",
+        "placed_correspondence", "purity", "classes", "ari"}
     grey = SceneData.from_images("grey", data.images() // 2)
     assert evaluate.evaluate(model, grey, particles=2, progress=False)["nll"] is None
     # A model without objects has a likelihood, and no count.

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "pyro_scenes"
 LAYERS = {
     "errors": 0, "machine": 0, "scene": 0, "spatial": 0, "affine": 0, "distributions": 0,
     "nets": 1, "priors": 1, "likelihoods": 1, "metrics": 1, "plots": 1, "graph": 1,
+    "attention": 1,
     "data": 1,
     "models": 2,
     "objectives": 3, "evaluate": 3, "pictures": 3, "plain": 3,

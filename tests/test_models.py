@@ -142,7 +142,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 def test_every_model_is_in_the_table() -> None:
     assert {*MODELS} <= TABLE.keys(), "add a new model to this file's table"
-    for name, (kind, presets) in MODELS.items():
+    for name, (kind, presets, _) in MODELS.items():
         assert type(TABLE[name].build()) is kind and "fast" in presets
 
 

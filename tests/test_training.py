@@ -19,7 +19,8 @@ from pyro_scenes.data import load_npz
 from pyro_scenes.errors import UserError
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE
-from pyro_scenes.objectives import LAVAEObjective, LAVAESchedule, falling, linear
+from pyro_scenes.objectives.base import falling, linear
+from pyro_scenes.objectives.lavae import LAVAEObjective, LAVAESchedule
 from pyro_scenes.spatial import find_peaks
 from pyro_scenes.training import Run, train
 

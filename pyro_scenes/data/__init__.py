@@ -3,6 +3,7 @@
 from pyro_scenes.data.generator import DatasetSpec
 from pyro_scenes.data.npz import load_npz, save_npz
 from pyro_scenes.data.png import load_pngs
+from pyro_scenes.data.pyro_mnist import load_pyro_mnist
 from pyro_scenes.data.registry import DATASETS, load, make
 from pyro_scenes.data.scene_data import SceneData, split_held_out
 
@@ -13,6 +14,7 @@ __all__ = [
     "load",
     "load_pngs",
     "load_npz",
+    "load_pyro_mnist",
     "make",
     "save_npz",
     "split_held_out",

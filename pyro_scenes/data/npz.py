@@ -7,15 +7,20 @@
 | categories | int (N, M) | -1 for none |
 | boxes | float (N, M, 4) | centre x, y, width, height in pixels; NaN for none |
 | segmentation | uint8 (N, H, W) | 0 for background |
+
+Where there is no images, x, uint8 (N, H, W), gives grey images alone: see `pyro_mnist.py`.
 """
 
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -34,6 +39,7 @@ SCHEMA = {
     "segmentation": ("u", "uint8", ("N", "H", "W")),
 }
 TRUTH = tuple(SCHEMA)[1:]
+GREY = {"x": ("u", "uint8", ("N", "H", "W"))}  # in place of all the above
 
 
 def save_npz(path: str | Path, data: SceneData) -> None:
@@ -65,18 +71,13 @@ def load_npz(path: str | Path) -> SceneData:
             an array's dtype, shape or values break the schema. The line says which and how.
     """
     path = Path(path)
-    try:
+    with readable(path):
         with zipfile.ZipFile(path) as archive:
             names = _check_headers(path, archive)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError,
-            RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no readable npz file ({reason}); write it with numpy's "
-                        "savez_compressed") from None
+    if "x" in arrays:
+        arrays["images"] = arrays.pop("x")[..., None]
     _check_values(path, arrays)
     truth: dict[str, np.ndarray | None] = {name: arrays.get(name) for name in TRUTH}
     for name, dtype in (("counts", np.int64), ("categories", np.int64), ("boxes", np.float32)):
@@ -85,22 +86,44 @@ def load_npz(path: str | Path) -> SceneData:
     return SceneData.from_images(path.name, arrays["images"], **truth)
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a missing or damaged npz file raises into a UserError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError,
+            RuntimeError, OSError, tokenize.TokenError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no readable npz file ({reason}); write it with numpy's "
+                        "savez_compressed") from None
+
+
+def read_header(name: str, entry: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """An array's shape and dtype; the entry is left where its values begin."""
+    version = npy.read_magic(entry)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{name} has the npy format {version}")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(entry)
+    return shape, dtype
+
+
 def _check_headers(path: Path, archive: zipfile.ZipFile) -> list[str]:
     """Check dtypes and shapes from the arrays' headers alone; the names of those present."""
     entries = {info.filename: info for info in archive.infolist()}
     present = [name for name in SCHEMA if f"{name}.npy" in entries]
-    if "images" not in present:
-        raise UserError(f"{path} has no array called images; it needs one, uint8 (N, H, W, C)")
     lengths: dict[str, int] = {"4": 4}
+    if "images" not in present:
+        if "x.npy" not in entries:
+            raise UserError(f"{path} has no array called images; it needs one, uint8 (N, H, W, C)")
+        present, lengths["C"] = list(GREY), 1
     for name in present:
-        kinds, called, axes = SCHEMA[name]
+        kinds, called, axes = (SCHEMA | GREY)[name]
         info = entries[f"{name}.npy"]
         with archive.open(info) as entry:
-            version = npy.read_magic(entry)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"{name} has the npy format {version}")
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, _, dtype = read(entry)
+            shape, dtype = read_header(name, entry)
             header = entry.tell()
         wanted = f"{called} ({', '.join(axes)}{',' * (len(axes) == 1)})"
         if dtype.hasobject:
@@ -120,7 +143,7 @@ def _check_headers(path: Path, archive: zipfile.ZipFile) -> list[str]:
                 raise UserError(f"{path}: {name} has shape {shape}, but {axis} is "
                                 f"{lengths[axis]} by the arrays before it; it must be {wanted}")
     if not all(lengths[axis] for axis in "NHW"):
-        raise UserError(f"{path} has no pixels: images has N, H, W = "
+        raise UserError(f"{path} has no pixels: {present[0]} has N, H, W = "
                         f"{', '.join(str(lengths[axis]) for axis in 'NHW')}")
     if lengths["C"] not in (1, 3):
         raise UserError(f"{path}: images has {lengths['C']} channels; it must be uint8 "

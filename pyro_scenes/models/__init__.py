@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pyro
 
+from pyro_scenes.models import air, discrete_air, lavae
 from pyro_scenes.models.base import GenerativeModel, SceneModel
-from pyro_scenes.models.lavae import LAVAE
-from pyro_scenes.models.lavae import PRESETS as LAVAE_PRESETS
 
 # Parameters live in their modules: two models never share any, and torch optimisers apply.
 pyro.settings.set(module_local_params=True)
 
-# name -> (class, network settings by preset)
-MODELS: dict[str, tuple[type[GenerativeModel], dict]] = {"lavae": (LAVAE, LAVAE_PRESETS)}
+# name -> (class, network settings by preset, what differs by preset and data set)
+MODELS: dict[str, tuple[type[GenerativeModel], dict, dict]] = {
+    "lavae": (lavae.LAVAE, lavae.PRESETS, {}),
+    "discrete-air": (discrete_air.DiscreteAIR, discrete_air.PRESETS, discrete_air.SUITED),
+    "air": (air.AIR, air.PRESETS, air.SUITED),
+}
 
 __all__ = ["MODELS", "GenerativeModel", "SceneModel"]

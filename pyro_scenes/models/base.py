@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,9 +24,11 @@ class GenerativeModel(PyroModule):
     shape (B, C, H, W) is encoded once however many particles are drawn.
 
     :ivar image_shape: (C, H, W) of the images that it was made for.
+    :ivar likelihood: p(x given its mean), with ``name`` and ``binary``, see likelihoods.py.
     """
 
     image_shape: tuple[int, int, int]
+    likelihood: nn.Module
 
     def model(self, x: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no model")
@@ -78,7 +81,12 @@ class GenerativeModel(PyroModule):
 
 
 class SceneModel(GenerativeModel):
-    """A model whose latent variables are objects."""
+    """A model whose latent variables are objects.
+
+    :ivar most: objects that it can find in an image, at most.
+    """
+
+    most: float = math.inf
 
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:
         """A deterministic summary of the guide.

@@ -155,6 +155,8 @@ class LAVAE(SceneModel):
     :raises UserError: for sizes that the networks do not accept.
     """
 
+    likelihood: BernoulliImage
+
     def __init__(self, config: LAVAEConfig, image_shape: tuple[int, int, int]):
         super().__init__()
         channels = image_shape[0]

@@ -1,15 +1,7 @@
-"""What a training minimises, and everything that is annealed: from outside, never in a model.
-
-An objective turns a batch into gradients by way of a Pyro ELBO. It owns what it needs besides the
-model (LAVAE's auxiliary VAE), says the learning rates of each step, and leaves the model at the
-end of each step as it would be evaluated.
-"""
+"""LAVAE's training: the ELBO with forced counts, probes, annealing, and the warm-up."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyro
@@ -21,31 +13,7 @@ from torch import Tensor, nn
 
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
-
-
-@contextmanager
-def temporarily(module: object, **values) -> Iterator[None]:
-    """Set attributes for a while."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-
-def falling(step: int, start: float, end: float, begin: int, finish: int) -> float:
-    """``start`` up to step ``begin``, ``end`` from ``finish`` on, geometric between."""
-    return start * (end / start) ** linear(step, begin, finish)
-
-
-def linear(step: int, begin: int, end: int) -> float:
-    """0 up to step ``begin``, 1 from step ``end`` on, straight between."""
-    if step >= end:
-        return 1.0
-    return (step - begin) / (end - begin) if step > begin else 0.0
+from pyro_scenes.objectives.base import decayed, falling, linear, temporarily
 
 
 @dataclass(frozen=True)
@@ -106,6 +74,7 @@ PAPER = LAVAESchedule(
     warmup_height=0.0,
     warmup_blur=0.0,
 )
+PRESETS = {"fast": LAVAESchedule(), "paper": PAPER}
 
 
 class LAVAEObjective:
@@ -123,9 +92,7 @@ class LAVAEObjective:
     def learning_rates(self, step: int) -> dict[str, float]:
         """For each group of the model's parameters, and of ``modules``."""
         s = self.schedule
-        part = linear(step, int(s.decay_from * self.steps), self.steps)
-        factor = s.decay_to + (1 - s.decay_to) * 0.5 * (1 + math.cos(math.pi * part))
-        factor *= linear(step, -1, s.ramp) if s.ramp else 1.0
+        factor = decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
         return {
             "location": factor * s.location_learning_rate,
             "prior": factor * s.prior_learning_rate,
@@ -209,7 +176,3 @@ def _blur(x: Tensor, deviation: float) -> Tensor:
     kernel = kernel / kernel.sum()
     x = F.conv2d(x, kernel[None, None, :, None], padding=(reach, 0))
     return F.conv2d(x, kernel[None, None, None, :], padding=(0, reach))
-
-
-# model name -> (objective class, schedule by preset)
-OBJECTIVES = {"lavae": (LAVAEObjective, {"fast": LAVAESchedule(), "paper": PAPER})}

@@ -1,0 +1,104 @@
+"""Where to look next, and how a picture there compares with templates: what guides see with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RADII = 10  # of the polar grid
+# Its largest radius, in units of half a window: corners of what fills the window count too.
+FARTHEST = 1.1
+
+
+class InkPeak(nn.Module):
+    """The place with most unexplained ink around it.
+
+    :param blur: standard deviation of what "around" means, pixels.
+    :param shut: that of the dip which objects found before leave, pixels: what is left of a badly
+        explained object must not draw the next look to it again.
+    """
+
+    def __init__(self, blur: float, shut: float):
+        super().__init__()
+        self.shut = shut
+        reach = math.ceil(1.5 * blur)
+        offsets = torch.arange(-reach, reach + 1) / (blur / 2)  # at half resolution
+        kernel = torch.exp(-0.5 * offsets**2)
+        self.kernel = nn.Buffer(kernel / kernel.sum(), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, difference: Tensor, found: list[Tensor]) -> Tensor:
+        """:param difference: (N, C, H, W), image less canvas. :param found: of (N, 2), as returned.
+        :return: (N, 2), x and y from -1 to 1 across the image.
+        """
+        ink = F.avg_pool2d(difference.clamp(min=0).sum(1, keepdim=True), 2, ceil_mode=True)
+        reach, kernel = len(self.kernel) // 2, self.kernel[None, None]
+        heat = F.conv2d(ink, kernel[..., None, :], padding=(0, reach))
+        heat = F.conv2d(heat, kernel[..., None], padding=(reach, 0)).squeeze(1)  # (N, h, w)
+        rows, columns = (
+            (torch.arange(cells, device=heat.device) + 0.5) * 4 / side - 1
+            for cells, side in zip(heat.shape[-2:], difference.shape[-2:], strict=True)
+        )
+        size = heat.new_tensor([difference.shape[-1], difference.shape[-2]])
+        for centre in found:
+            x, y = centre.unbind(-1)
+            across = (columns - x[:, None]) * size[0] / 2 / self.shut  # (N, w)
+            down = (rows - y[:, None]) * size[1] / 2 / self.shut  # (N, h)
+            near = torch.exp(-0.5 * (across[:, None] ** 2 + down[:, :, None] ** 2))
+            heat = heat * (1 - near)
+        place = heat.flatten(1).argmax(1)
+        width = heat.shape[-1]
+        return torch.stack([columns[place % width], rows[place // width]], -1)
+
+
+class TurnSearch(nn.Module):
+    """The angle at which each template fits a picture best: correlation round circles, by FFT.
+
+    :param angles: how many are tried; between neighbours a parabola finds the maximum.
+    """
+
+    def __init__(self, angles: int):
+        super().__init__()
+        radius = FARTHEST * (torch.arange(RADII) + 0.5) / RADII
+        angle = torch.arange(angles) * 2 * math.pi / angles
+        x, y = radius[:, None] * angle.cos(), radius[:, None] * angle.sin()
+        self.grid = nn.Buffer(torch.stack([x, y], -1), persistent=False)  # (R, A, 2)
+        self.area = nn.Buffer(radius / radius.sum(), persistent=False)  # a ring's, (R,)
+
+    @torch.no_grad()
+    def forward(
+        self, templates: Tensor, difference: Tensor, scale: Tensor, centre: Tensor
+    ) -> Tensor:
+        """:param templates: (K, C, S, S). :param difference: (N, C, H, W).
+        :param scale: (N, K, 2), of windows in the picture. :param centre: (N, K, 2), of them.
+        :return: (N, K) radians from -pi to pi, clockwise as displayed.
+        """
+        count, kinds = centre.shape[:2]
+        angles = self.grid.shape[1]
+        still = F.grid_sample(
+            templates, self.grid.expand(kinds, -1, -1, -1), align_corners=False
+        )  # (K, C, R, A)
+        grid = centre[:, :, None, None] + scale[:, :, None, None] * self.grid  # (N, K, R, A, 2)
+        seen = F.grid_sample(difference, grid.flatten(1, 2), align_corners=False)
+        seen = seen.unflatten(2, (kinds, -1)).transpose(1, 2)  # (N, K, C, R, A)
+        still = torch.fft.rfft(still * self.area[:, None]).conj()
+        fit = torch.fft.irfft((torch.fft.rfft(seen) * still).sum((2, 3)), n=angles)  # (N, K, A)
+        best = fit.argmax(-1, keepdim=True)
+        before, here, after = (fit.gather(-1, (best + i) % angles).squeeze(-1) for i in (-1, 0, 1))
+        curve = (before - 2 * here + after).clamp(max=-1e-9)
+        best = best.squeeze(-1) + (0.5 * (before - after) / curve).clamp(-0.5, 0.5)
+        return torch.remainder(best * 2 * math.pi / angles + math.pi, 2 * math.pi) - math.pi
+
+
+def gain(seen: Tensor, drawn: Tensor, area: Tensor, sigma: float) -> Tensor:
+    """What drawing a template adds to a normal log likelihood of the picture, nats, (...).
+
+    ||x||^2 - ||x - y||^2 = 2 <x, y> - ||y||^2, summed over the window that y is drawn in.
+
+    :param seen: (..., C, S, S), read from the picture by the template's window.
+    :param drawn: (..., C, S, S), the template. :param area: (...) pixels of a window's cell.
+    """
+    return area * (2 * seen * drawn - drawn * drawn).sum((-3, -2, -1)) / (2 * sigma**2)

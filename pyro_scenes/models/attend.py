@@ -1,0 +1,182 @@
+"""What AIR and Discrete-AIR share: windows written on a canvas, one object after the other.
+
+The mean of the image is the canvas after T steps (Discrete-AIR, appendix C.1)::
+
+    C_t = C_{t-1} + z_pres_1 ... z_pres_t ST(template_t, T^d(z_where_t))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import pyro_method
+from torch import Tensor
+
+from pyro_scenes.affine import to_window, warp
+from pyro_scenes.errors import UserError
+from pyro_scenes.models.base import SceneModel
+from pyro_scenes.scene import Scene
+from pyro_scenes.spatial import ink_boxes
+
+Pose = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, angle, shear, translation, see affine.py
+Choose = Callable[[str, "object", Tensor], Tensor]  # name, distribution, here -> value
+INK = 0.3  # of 1, the least that counts as an object's in its box and segment
+
+
+@contextmanager
+def counted(here: Tensor) -> Iterator[None]:
+    """Sites of an object count as much as it is there, in model and guide alike; (...) in [0, 1].
+
+    Pyro refuses a scale of 0, so that absent objects are masked too.
+    """
+    with poutine.mask(mask=here > 0), poutine.scale(scale=here.clamp(min=1e-6)):
+        yield
+
+
+def sampled(name: str, site, here: Tensor) -> Tensor:
+    """How a guide chooses a value."""
+    with counted(here):
+        return pyro.sample(name, site)
+
+
+class Attend(SceneModel):
+    """Base class: subclasses have `_attend`, `pose` and `templates`.
+
+    :ivar steps: T, most objects in an image.
+    :ivar classes: K, categories of objects; 0 if they have none.
+    """
+
+    steps: int
+    classes: int = 0
+
+    @property
+    def most(self) -> float:  # type: ignore[override]
+        return self.steps
+
+    @pyro_method
+    def guide(self, x: Tensor) -> None:
+        """:param x: (B, C, H, W) in [0, 1]."""
+        self.check(x)
+        with pyro.plate("images", len(x), dim=-1):
+            self._attend(x, sampled)
+
+    def _attend(self, x: Tensor, choose: Choose) -> list[dict[str, Tensor]]:
+        """Look at images object after object; ``choose`` gives each latent variable its value.
+
+        :return: for each step "here", the product of z_pres up to it, and its latents.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no _attend")
+
+    def pose(self, z_where: Tensor) -> Pose:
+        """What z_where (..., D) stands for."""
+        raise NotImplementedError(f"{type(self).__name__} has no pose")
+
+    def templates(self, kind: Tensor | None, what: Tensor | None) -> Tensor:
+        """Objects before they are placed, (N, C, S, S) in [0, 1], of (N, K) and (N, L)."""
+        raise NotImplementedError(f"{type(self).__name__} has no templates")
+
+    def choose_likeliest(self, name: str, site, here: Tensor) -> Tensor:
+        """How `infer` chooses: means, and the likeliest category and presence."""
+        raise NotImplementedError(f"{type(self).__name__} has no choose_likeliest")
+
+    def write(self, templates: Tensor, z_where: Tensor, size: tuple[int, int]) -> Tensor:
+        """Templates (N, C, S, S) on canvases of their own, (..., C, H, W); z_where (..., D)."""
+        flat = z_where.reshape(-1, z_where.shape[-1])
+        drawn = warp(templates, to_window(*self.pose(flat)), size)
+        return drawn.view(*z_where.shape[:-1], *drawn.shape[1:])
+
+    # --- scenes -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def infer(self, x: Tensor, limit: float | None = None) -> Scene:
+        self.check(x)
+        found = self._attend(x, self.choose_likeliest)
+        present = torch.stack([step["here"] > 0.5 for step in found], 1)  # (B, T)
+        limit = self.steps if limit is None else limit
+        if len(x) and present.sum(1).max() > limit:
+            raise UserError(
+                f"an image shows {int(present.sum(1).max())} objects, more than the limit of"
+                f" {limit}; raise it with --max-objects"
+            )
+        latents: dict[str, Tensor] = {
+            name: torch.stack([step[name] for step in found], 1)
+            for name in ("z_where", "z_cat", "z_attr", "z_what") if name in found[0]
+        }
+        return self._scene(present, latents, (x.shape[-2], x.shape[-1]))
+
+    def _scene(self, present: Tensor, latents: dict[str, Tensor], size: tuple[int, int]) -> Scene:
+        """Latents (B, T, .) as a scene in pixels, without those of absent objects."""
+        scale, angle, shear, translation = self.pose(latents["z_where"])
+        half = translation.new_tensor([size[1] / 2, size[0] / 2])
+        absent = ~present[..., None]
+        nan = float("nan")
+        pose = torch.cat([scale, angle[..., None], shear], -1).masked_fill(absent, nan)
+        where = (half * (translation + 1)).masked_fill(absent, nan)
+        what = latents.get("z_attr", latents.get("z_what"))
+        kind = latents.get("z_cat")
+        scene = Scene(
+            present,
+            where,
+            where.new_full((*present.shape, 4), nan),
+            kind=None if kind is None else kind.argmax(-1).masked_fill(~present, -1),
+            what=None if what is None else what.masked_fill(absent, 0.0),
+            size=size,
+            pose=pose,
+        )
+        return replace(scene, boxes=self._boxes(scene))
+
+    def _boxes(self, scene: Scene) -> Tensor:
+        """The box of each object's ink, pixels (B, M, 4); NaN where absent."""
+        ink = self.layers(scene).amax(2) > INK  # (B, M, H, W)
+        box = ink_boxes(ink | ~ink.flatten(2).any(-1)[..., None, None])
+        faint = torch.cat([scene.where, torch.ones_like(scene.where)], -1)
+        box = torch.where(ink.flatten(2).any(-1)[..., None], box, faint)
+        return box.masked_fill(~scene.present[..., None], float("nan"))
+
+    def sprites(self, scene: Scene) -> Tensor:
+        """:raises UserError: if the scene has a category that the model does not know."""
+        here = scene.present
+        kind = None if scene.kind is None else scene.kind[here]
+        if kind is not None and len(kind) and int(kind.max()) >= self.classes:
+            raise UserError(
+                f"the scene has category {int(kind.max())}; the model knows 0 to"
+                f" {self.classes - 1}"
+            )
+        one_hot = None if kind is None else torch.eye(self.classes, device=here.device)[kind]
+        drawn = self.templates(one_hot, None if scene.what is None else scene.what[here])
+        sprites = drawn.new_zeros(*here.shape, *drawn.shape[1:])
+        sprites[here] = drawn
+        return sprites
+
+    def layers(self, scene: Scene) -> Tensor:
+        assert scene.pose is not None
+        height, width = scene.size or self.image_shape[1:]
+        sprites = self.sprites(scene)
+        layers = sprites.new_zeros(*scene.present.shape, self.image_shape[0], height, width)
+        pose = scene.pose[scene.present]  # (P, 5)
+        half = pose.new_tensor([width / 2, height / 2])
+        translation = scene.where[scene.present] / half - 1
+        transform = to_window(pose[:, :2], pose[:, 2], pose[:, 3:], translation)
+        layers[scene.present] = warp(sprites[scene.present], transform, (height, width))
+        return layers
+
+    def render(self, scene: Scene) -> Tensor:
+        return self.layers(scene).sum(1).clamp(0.0, 1.0)
+
+    @torch.no_grad()
+    def segment(self, scene: Scene, threshold: float = INK) -> Tensor:
+        return super().segment(scene, threshold)
+
+    def check(self, x: Tensor) -> None:
+        super().check(x)
+        if tuple(x.shape[1:]) != self.image_shape:
+            height, width = self.image_shape[1:]
+            raise UserError(
+                f"the model reads images of {height} x {width} pixels,"
+                f" not {x.shape[-2]} x {x.shape[-1]}"
+            )

@@ -1,0 +1,363 @@
+"""Discrete-AIR: categories, attributes, affine places, presence (Wang, Jamnik and Lio, 2019).
+
+The joint density, for T steps; object t is there while all z_pres up to t are 1, and the sites of
+objects that are not count nothing::
+
+    p(x, z) = prod_t p(z_pres_t) p(z_cat_t) p(z_where_t) p(z_attr_t)  p(x | C_T)
+    C_t = C_{t-1} + z_pres_1 ... z_pres_t ST(f(z_cat_t, z_attr_t), T^d(z_where_t))
+    f = decoder(f_t(z_cat) + f_a(z_attr)), or their product          (section 2.1)
+
+and the guide, which looks at what is left to explain (section 2.2)::
+
+    paper   q(z | x) = prod_t q(z_pres_t, z_where_t | x - C_{t-1}, z_<t)
+                              q(z_cat_t, z_attr_t | ST(x, T^e(z_where_t)))
+    fast    q(z | x) = prod_t q(z_pres_t | h_t) q(z_cat_t | x - C_{t-1}, h_t)
+                              q(z_where_t, z_attr_t | z_cat_t, h_t)
+
+=========  =================  ================================================================
+symbol     shape              meaning
+=========  =================  ================================================================
+x          (B, C, H, W)       image
+z_pres_t   (B, 2)             one-hot: absent, present; relaxed in training (eq. 7)
+z_cat_t    (B, K)             one-hot category; relaxed in training (eq. 6)
+z_where_t  (B, D)             scale x, y, angle, translation x, y, and shear x, y if D = 7
+z_attr_t   (B, A)             attributes
+C_t        (B, C, H, W)       canvas after t objects
+h_t        (B, h)             state of the LSTM, which reads x - C_{t-1} and z_{t-1}
+=========  =================  ================================================================
+
+Any site may have a particle dimension to the left of B. T^d and T^e are those of affine.py. The
+prior over z_pres is that of a count: geometric unless swapped.
+
+Where the fast preset leaves the paper's guide, and why; the model is the paper's:
+
+- It looks before it regresses: the LSTM reads a glimpse round the place with most unexplained
+  ink, and z_where is relative to it. Regressing a position from a flat picture is the slow part.
+- It asks the model for the category: each category's template, at the pose and attributes that
+  the network gives for it, is compared with the picture, and q(z_cat) is the softmax of what each
+  would add to the likelihood. Encoder and templates then never disagree on what a category
+  is, and a category is a cluster of what looks alike up to pose and attributes.
+- With `angles`, the angle is searched for, not regressed: a square looks the same at four angles,
+  a triangle at three, and no continuous function of the picture gives one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.nn import pyro_method
+from torch import Tensor, nn
+
+from pyro_scenes import attention, nets
+from pyro_scenes.affine import to_image, warp, windows
+from pyro_scenes.distributions import one_hot
+from pyro_scenes.errors import UserError
+from pyro_scenes.likelihoods import likelihood
+from pyro_scenes.models.attend import Attend, Choose, Pose, counted
+from pyro_scenes.priors import GeometricCount, StandardNormal, UniformCategory, presence_logits
+
+LOGIT = 30.0  # logits are kept this near to 0: relaxed draws must not underflow
+ANGLE = 2  # the angle's column of z_where
+
+
+@dataclass(frozen=True)
+class DiscreteAIRConfig:
+    """Settings of the model and the guide; defaults are the fast preset's for Multi-Sprites."""
+
+    networks: str = "fast"  # fast or paper
+    max_objects: int = 3  # T
+    classes: int = 3  # K
+    attributes: int = 0  # A
+    combine: str = "add"  # f_t and f_a: add or multiply
+    shear: bool = False  # D = 7
+    isotropic: bool = True  # one scale for both sides
+    scale_least: float = 0.08  # of half the image's side
+    scale_most: float = 0.5
+    angle_deviation: float = 2.0  # of the prior, radians
+    likelihood: str = "normal"  # or bernoulli
+    sigma: float = 0.3  # of the normal likelihood
+    likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
+    more: float = 0.5  # geometric prior: probability of one more object
+    window: int = 24  # side of a template, pixels; 32 with the paper's networks
+    code: int = 256  # units of f_t and f_a
+    decoder_hidden: tuple[int, ...] = (256,)  # units of the decoder (fast)
+    hidden: int = 128  # units of the LSTM
+    glimpse: int = 28  # side of what it reads, pixels (fast)
+    glimpse_width: int = 16  # channels (fast)
+    blur: float = 3.0  # see attention.InkPeak, pixels (fast)
+    shut: float = 5.0
+    angles: int = 36  # tried for each template; 0 to regress them (fast)
+
+
+PAPER = DiscreteAIRConfig(
+    networks="paper", isotropic=False, window=32, code=128, hidden=256, angles=0
+)
+PRESETS = {"fast": DiscreteAIRConfig(), "paper": PAPER}
+# What differs by data set, in each preset.
+DIGITS = {
+    "max_objects": 2, "classes": 10, "attributes": 1, "shear": True, "isotropic": False,
+    "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
+}
+SUITED = {
+    "fast": {"multi-mnist": DIGITS},
+    "paper": {"multi-mnist": DIGITS | {"window": 32}},
+}
+
+
+class DiscreteAIR(Attend):
+    """See the module's docstring.
+
+    :param image_shape: (C, H, W).
+    :raises UserError: for settings that contradict each other.
+    """
+
+    def __init__(self, config: DiscreteAIRConfig, image_shape: tuple[int, int, int]):
+        super().__init__()
+        c, channels = config, image_shape[0]
+        self.config, self.image_shape = config, image_shape
+        self.steps, self.classes = c.max_objects, c.classes
+        self.temperature: float | None = None  # of relaxed sites; a training sets it
+        self.autocast = False  # nothing here gains from bfloat16
+        if c.networks not in ("fast", "paper") or c.combine not in ("add", "multiply"):
+            raise UserError("networks must be fast or paper, and combine add or multiply")
+        where = 7 if c.shear else 5
+        # generative model: p(n) for z_pres, p(z_cat), p(z_where), p(z_attr), p(x | C_T)
+        self.count_prior: nn.Module = GeometricCount(c.more, c.max_objects)
+        self.category_prior: nn.Module = UniformCategory(c.classes)
+        self.where_prior: nn.Module = StandardNormal(where)
+        self.appearance_prior: nn.Module = StandardNormal(c.attributes)
+        self.likelihood = likelihood(c.likelihood, c.sigma, c.likelihood_floor)
+        # f_t, f_a and the decoder
+        self.template = nn.Linear(c.classes, c.code)
+        nn.init.normal_(self.template.weight)  # categories start apart
+        self.attribute = nn.Linear(c.attributes, c.code) if c.attributes else None
+        # inference networks: the LSTM of what is left to explain, then the parameters of each site
+        paper = c.networks == "paper"
+        self.latents = 2 + where + c.classes + c.attributes
+        self.poses = 1 if paper else c.classes  # poses that h_t gives
+        self.look: nn.Module
+        self.decoder: nn.Module
+        if paper:
+            self.decoder = nets.PaperDecoder(c.code, channels)
+            self.look = nets.PaperEmbedding(channels, image_shape[1:])
+            features = int(self.look.features)
+            self.encoder = nets.PaperEncoder(channels, c.window)
+            self.code = nn.Linear(self.encoder.features, c.classes + 2 * c.attributes)
+        else:
+            features = 128
+            sizes = (c.code, *c.decoder_hidden)
+            self.decoder = nn.Sequential(
+                nn.SiLU(), nets.SpriteMLP(sizes[0], channels, c.window, sizes[1:])
+            )
+            self.peak = attention.InkPeak(c.blur, c.shut)
+            self.look = nets.WindowEncoder(channels, c.glimpse, c.glimpse_width, features)
+            self.turn = attention.TurnSearch(c.angles) if c.angles else None
+            if c.attributes:
+                outputs = c.classes * 2 * c.attributes
+                self.attributes_head = nn.Linear(c.hidden + features, outputs)
+        self.rnn = nn.LSTMCell(features + self.latents, c.hidden)
+        seen = c.hidden + (0 if paper else features)
+        self.presence_head = nn.Linear(seen, 1)
+        self.where_head = nn.Linear(seen, self.poses * 2 * where)
+        with torch.no_grad():
+            self.presence_head.bias.fill_(1.0)  # objects are drawn before templates are
+            self.where_head.weight.mul_(0.1)
+            self.where_head.bias.zero_()
+
+    # --- the generative model ---------------------------------------------------------------
+
+    @pyro_method
+    def model(self, x: Tensor) -> None:
+        """:param x: (B, C, H, W) in [0, 1]; sites z_pres_t, z_cat_t, z_where_t, z_attr_t, x."""
+        presence = presence_logits(self.count_prior(), self.steps)  # (T, 2)
+        category = self.category_prior().logits
+        with pyro.plate("images", len(x), dim=-1):
+            here = x.new_ones(len(x))
+            objects: list[list[Tensor]] = []
+            for t in pyro.markov(range(self.steps), history=self.steps):
+                with counted(here):
+                    z_pres = pyro.sample(f"z_pres_{t}", self._one_hot(presence[t]))  # (B, 2)
+                here = here * z_pres[..., 1]
+                with counted(here):
+                    z_cat = pyro.sample(f"z_cat_{t}", self._one_hot(category))  # (B, K)
+                    z_where = pyro.sample(f"z_where_{t}", self.where_prior())  # (B, D)
+                    latents = [here[..., None], z_cat, z_where]
+                    if self.config.attributes:
+                        latents.append(pyro.sample(f"z_attr_{t}", self.appearance_prior()))
+                objects.append(latents)
+            shape = here.shape
+            gate, z_cat, z_where, *z_attr = (
+                torch.stack([v.expand(*shape, -1) for v in values], -2)
+                for values in zip(*objects, strict=True)
+            )  # (B, T, .) each
+            what = z_attr[0].flatten(0, -2) if z_attr else None
+            drawn = self.templates(z_cat.flatten(0, -2), what)
+            drawn = self.write(drawn, z_where, (x.shape[-2], x.shape[-1]))  # (B, T, C, H, W)
+            canvas = (gate[..., None, None] * drawn).sum(-4)
+            pyro.sample("x", self.likelihood(canvas), obs=x)
+
+    def _one_hot(self, logits: Tensor) -> dist.TorchDistribution:
+        if self.temperature is None:
+            return dist.OneHotCategorical(logits=logits)
+        # By the clamp no draw of a relaxed site underflows.
+        temperature = logits.new_tensor(self.temperature)
+        logits = (logits - logits.logsumexp(-1, keepdim=True)).clamp(-LOGIT, LOGIT)
+        return dist.RelaxedOneHotCategorical(temperature, logits=logits)
+
+    def pose(self, z_where: Tensor) -> Pose:
+        c = self.config
+        scale = z_where[..., :2]
+        if c.isotropic:
+            scale = scale.mean(-1, keepdim=True).expand_as(scale)
+        scale = c.scale_least + (c.scale_most - c.scale_least) * scale.sigmoid()
+        shear = 0.3 * z_where[..., 5:] if c.shear else torch.zeros_like(scale)
+        return scale, c.angle_deviation * z_where[..., ANGLE], shear, 0.5 * z_where[..., 3:5]
+
+    def templates(self, kind: Tensor | None, what: Tensor | None) -> Tensor:
+        code = self.template(kind)
+        if self.attribute is not None:
+            other = self.attribute(what)
+            code = code + other if self.config.combine == "add" else code * other
+        return self.decoder(code)
+
+    # --- the guide --------------------------------------------------------------------------
+
+    def _attend(self, x: Tensor, choose: Choose) -> list[dict[str, Tensor]]:
+        c = self.config
+        size = x.shape[-2], x.shape[-1]
+        rows, lead = len(x), torch.Size((len(x),))
+        here, canvas = x.new_ones(rows), torch.zeros_like(x)
+        previous, state = x.new_zeros(rows, self.latents), None
+        centres: list[Tensor] = []
+        steps = []
+        for t in pyro.markov(range(self.steps), history=self.steps):
+            left = x.repeat(len(canvas) // rows, 1, 1, 1) - canvas  # to explain, (N, C, H, W)
+            centre = self.peak(left, centres) if c.networks == "fast" else None
+            seen = self.look(left if centre is None else self._glimpse(left, centre))
+            state = self.rnn(torch.cat([seen, previous], -1), state)
+            h = state[0] if centre is None else torch.cat([state[0], seen], -1)
+            presence = self.presence_head(h)
+            logits = torch.cat([torch.zeros_like(presence), presence], -1).view(*lead, 2)
+            z_pres = choose(f"z_pres_{t}", self._one_hot(logits), here)
+            here = here * z_pres[..., 1]
+            if here.shape != lead:  # particles came with the first draw
+                times, lead = here.numel() // lead.numel(), here.shape
+                left, canvas = (v.repeat(times, 1, 1, 1) for v in (left, canvas))
+                h = h.repeat(times, 1)
+                state = (state[0].repeat(times, 1), state[1].repeat(times, 1))
+                centre = None if centre is None else centre.repeat(times, 1)
+            found = {"here": here, "z_pres": z_pres}
+            if centre is None:
+                self._read(found, t, left, h, choose)
+            else:
+                self._explain(found, t, left, h, centre, choose)
+            steps.append(found)
+            chosen = [v for k, v in found.items() if k != "here"]
+            previous = torch.cat([v.expand(*lead, -1).flatten(0, -2) for v in chosen], -1)
+            if t + 1 < self.steps:
+                with torch.no_grad():
+                    z_where, z_cat = found["z_where"], found["z_cat"].flatten(0, -2)
+                    what = found["z_attr"].flatten(0, -2) if c.attributes else None
+                    drawn = self.write(self.templates(z_cat, what), z_where, size)
+                    canvas = canvas + (here[..., None, None, None] * drawn).flatten(0, -4)
+                    centres.append(self.pose(z_where.flatten(0, -2))[3])
+        return steps
+
+    def _glimpse(self, left: Tensor, centre: Tensor) -> Tensor:
+        """The picture round a centre, (N, C, G, G)."""
+        side = self.config.glimpse
+        scale = left.new_tensor([side / left.shape[-1], side / left.shape[-2]]).expand_as(centre)
+        nothing = torch.zeros_like(centre)
+        return warp(left, to_image(scale, nothing[:, 0], nothing, centre), (side, side))
+
+    def _where(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z_where, (N, P, D), for P poses."""
+        mean, spread = self.where_head(h).unflatten(-1, (self.poses, -1)).chunk(2, -1)
+        return mean, 0.1 * F.softplus(spread - 1.0) + 1e-3
+
+    def _attributes(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z_attr, (..., A), of (..., 2 A)."""
+        mean, spread = raw.chunk(2, -1)
+        return mean, F.softplus(spread - 1.0) + 1e-3
+
+    def _read(
+        self, found: dict[str, Tensor], t: int, left: Tensor, h: Tensor, choose: Choose
+    ) -> None:
+        """The paper's order: place first, then what the window there shows."""
+        here, side = found["here"], self.config.window
+        mean, scale = (v.view(*here.shape, -1) for v in self._where(h))
+        found["z_where"] = choose(f"z_where_{t}", dist.Normal(mean, scale).to_event(1), here)
+        transform = to_image(*self.pose(found["z_where"].flatten(0, -2)))
+        code = self.code(self.encoder(warp(left, transform, (side, side))))
+        logits = code[:, : self.classes].view(*here.shape, -1)
+        found["z_cat"] = choose(f"z_cat_{t}", self._one_hot(logits), here)
+        if self.config.attributes:
+            raw = code[:, self.classes :].view(*here.shape, -1)
+            site = dist.Normal(*self._attributes(raw)).to_event(1)
+            found["z_attr"] = choose(f"z_attr_{t}", site, here)
+
+    def _explain(
+        self, found: dict[str, Tensor], t: int, left: Tensor, h: Tensor, centre: Tensor,
+        choose: Choose,
+    ) -> None:
+        """The fast order: the category that explains most, then where and how it does."""
+        c, here = self.config, found["here"]
+        mean, scale = self._where(h)  # (N, K, D)
+        # The centre in the units of z_where.
+        mean = mean + F.pad(2.0 * centre, (3, mean.shape[-1] - 5)).unsqueeze(1)
+        attributes = None
+        if c.attributes:
+            raw = self.attributes_head(h).unflatten(-1, (self.classes, -1))
+            attributes = self._attributes(raw)  # (N, K, A) each
+        with torch.no_grad():
+            kinds = torch.eye(self.classes, device=h.device)
+            if attributes is None:
+                drawn = self.templates(kinds, None)  # (K, C, S, S)
+            else:
+                what = attributes[0].flatten(0, 1)
+                drawn = self.templates(kinds.repeat(len(h), 1), what)
+                drawn = drawn.unflatten(0, (len(h), -1))  # (N, K, C, S, S)
+            if self.turn is not None:
+                still = kinds.new_zeros(self.classes, c.attributes) if c.attributes else None
+                size, _, _, place = self.pose(mean)
+                angle = self.turn(self.templates(kinds, still), left, size, place)
+                angle = angle / c.angle_deviation
+            else:
+                angle = torch.zeros_like(mean[..., ANGLE])
+        mean = mean + F.pad(angle.unsqueeze(-1), (ANGLE, mean.shape[-1] - ANGLE - 1))
+        with torch.no_grad():
+            pose = self.pose(mean)
+            seen = windows(left, to_image(*pose), c.window)
+            cell = pose[0].prod(-1) * left.shape[-1] * left.shape[-2] / c.window**2
+            logits = attention.gain(seen, drawn, cell, c.sigma)  # (N, K)
+            logits = logits - 0.5 * mean.square().sum(-1)
+            if attributes is not None:
+                logits = logits - 0.5 * attributes[0].square().sum(-1)
+        site = self._one_hot(logits.view(*here.shape, -1))
+        z_cat = found["z_cat"] = choose(f"z_cat_{t}", site, here)  # (..., K)
+        chosen = one_hot(z_cat.detach().argmax(-1), self.classes).view(-1, 1, self.classes)
+
+        def of_chosen(values: Tensor) -> Tensor:
+            return (chosen @ values).view(*here.shape, -1)
+
+        site = dist.Normal(of_chosen(mean), of_chosen(scale)).to_event(1)
+        found["z_where"] = choose(f"z_where_{t}", site, here)
+        if attributes is not None:
+            site = dist.Normal(*map(of_chosen, attributes)).to_event(1)
+            found["z_attr"] = choose(f"z_attr_{t}", site, here)
+
+    def choose_likeliest(self, name: str, site, here: Tensor) -> Tensor:
+        if name.startswith(("z_pres", "z_cat")):
+            return one_hot(site.probs.argmax(-1), site.probs.shape[-1])
+        return site.mean
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        names = ("template.", "attribute.", "decoder.")
+        parts: dict[str, list[nn.Parameter]] = {"model": [], "guide": []}
+        for name, parameter in self.named_parameters():
+            parts["model" if name.startswith(names) else "guide"].append(parameter)
+        return parts

@@ -1,0 +1,27 @@
+"""What a training minimises, and everything that is annealed: from outside, never in a model.
+
+An objective turns a batch into gradients by way of a Pyro ELBO. It owns what it needs besides the
+model (LAVAE's auxiliary VAE, AIR's baselines), says the learning rates of each step, and leaves
+the model at the end of each step as it would be evaluated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro_scenes.objectives.air import (
+    AIR_PRESETS,
+    DISCRETE_PRESETS,
+    AIRObjective,
+    DiscreteAIRObjective,
+)
+from pyro_scenes.objectives.base import temporarily
+from pyro_scenes.objectives.lavae import PRESETS, LAVAEObjective
+
+# model name -> (objective class, schedule by preset)
+OBJECTIVES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "lavae": (LAVAEObjective, PRESETS),
+    "discrete-air": (DiscreteAIRObjective, DISCRETE_PRESETS),
+    "air": (AIRObjective, AIR_PRESETS),
+}
+
+__all__ = ["OBJECTIVES", "temporarily"]

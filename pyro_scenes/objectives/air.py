@@ -1,0 +1,107 @@
+"""The trainings of AIR and Discrete-AIR: an ELBO with annealed temperature or presence prior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from torch import Tensor, nn
+
+from pyro_scenes.models.air import AIR
+from pyro_scenes.models.discrete_air import DiscreteAIR
+from pyro_scenes.objectives.base import decayed, falling, temporarily
+from pyro_scenes.priors import GeometricCount
+
+
+@dataclass(frozen=True)
+class DiscreteAIRSchedule:
+    """Annealing of Discrete-AIR's training; defaults are the fast preset's. In steps."""
+
+    learning_rate: float = 2e-3
+    ramp: int = 100  # learning rates rise over so many steps
+    decay_from: float = 0.5  # part of the training after which they fall (cosine)
+    decay_to: float = 0.02  # the part of each that is left at the end
+    temperature_rate: float = 0.001  # r of max(0.5, exp(-r t)) (appendix C.4)
+    temperature_end: float = 0.5
+
+
+DISCRETE_PRESETS = {
+    "fast": DiscreteAIRSchedule(),
+    "paper": DiscreteAIRSchedule(
+        learning_rate=1e-4, ramp=0, decay_to=1.0, temperature_rate=0.005
+    ),
+}
+
+
+class DiscreteAIRObjective:
+    """The ELBO with relaxed z_cat and z_pres, KL by Monte Carlo (section 2.3, appendix C)."""
+
+    def __init__(self, schedule: DiscreteAIRSchedule, model: DiscreteAIR, steps: int):
+        self.schedule, self.steps = schedule, steps
+        self.elbo = Trace_ELBO()
+        self.modules = nn.ModuleDict()
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        s = self.schedule
+        rate = s.learning_rate * decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
+        return {"model": rate, "guide": rate}
+
+    def backward(self, model: DiscreteAIR, x: Tensor, step: int) -> dict[str, float]:
+        """Gradients of the loss of one batch; returns figures to log, nats per image."""
+        s = self.schedule
+        temperature = max(s.temperature_end, math.exp(-s.temperature_rate * step))
+        with temporarily(model, temperature=temperature), poutine.scale(scale=1 / len(x)):
+            return {"loss": self.elbo.loss_and_grads(model.model, model.guide, x)}
+
+
+@dataclass(frozen=True)
+class AIRSchedule:
+    """Annealing of AIR's training; defaults are the fast preset's. In steps."""
+
+    learning_rate: float = 1e-3
+    baseline_learning_rate: float = 1e-2
+    ramp: int = 100  # learning rates rise over so many steps
+    decay_from: float = 0.5  # part of the training after which they fall (cosine)
+    decay_to: float = 0.02  # the part of each that is left at the end
+    more: float = 0.9  # of the geometric prior at first; falls to the model's own
+    more_begin: int = 500
+    more_end: int = 1500
+
+
+AIR_PRESETS = {
+    "fast": AIRSchedule(),
+    "paper": AIRSchedule(
+        learning_rate=1e-4, baseline_learning_rate=1e-3, ramp=0, decay_to=1.0,
+        more_begin=10_000, more_end=100_000,
+    ),
+}
+
+
+class AIRObjective:
+    """The ELBO with scores of z_pres less their baselines, by TraceGraph_ELBO."""
+
+    def __init__(self, schedule: AIRSchedule, model: AIR, steps: int):
+        self.schedule, self.steps = schedule, steps
+        self.elbo = TraceGraph_ELBO()
+        self.modules = nn.ModuleDict()
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        s = self.schedule
+        factor = decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
+        rate = factor * s.learning_rate
+        return {"model": rate, "guide": rate, "baseline": factor * s.baseline_learning_rate}
+
+    def backward(self, model: AIR, x: Tensor, step: int) -> dict[str, float]:
+        """Gradients of the loss of one batch; returns figures to log, nats per image."""
+        s, c = self.schedule, model.config
+        more = falling(step, s.more, c.more, s.more_begin, s.more_end)
+        prior = GeometricCount(more, c.max_objects).to(x.device)
+        with temporarily(model, count_prior=prior):
+            loss = self.elbo.loss_and_grads(model.model, model.guide, x)
+        # Not by poutine.scale: baselines are in nats of an image.
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= len(x)
+        return {"loss": loss / len(x)}
