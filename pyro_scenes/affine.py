@@ -53,6 +53,8 @@ def warp(source: Tensor, transform: Tensor, size: tuple[int, int]) -> Tensor:
     :param size: (h, w) of the result. :return: (B, C, h, w).
     """
     shape = [len(source), source.shape[1], *size]
+    if not len(source):
+        return source.new_zeros(shape)  # affine_grid refuses nothing
     grid = F.affine_grid(transform[:, :2], shape, align_corners=False)
     return F.grid_sample(source, grid, "bilinear", "zeros", align_corners=False)
 

@@ -23,7 +23,7 @@ class InkPeak(nn.Module):
 
     def __init__(self, blur: float, shut: float):
         super().__init__()
-        self.shut = shut
+        self.blur, self.shut = blur, shut
         reach = math.ceil(1.5 * blur)
         offsets = torch.arange(-reach, reach + 1) / (blur / 2)  # at half resolution
         kernel = torch.exp(-0.5 * offsets**2)
@@ -51,7 +51,14 @@ class InkPeak(nn.Module):
             heat = heat * (1 - near)
         place = heat.flatten(1).argmax(1)
         width = heat.shape[-1]
-        return torch.stack([columns[place % width], rows[place // width]], -1)
+        x, y = columns[place % width], rows[place // width]
+        # From the grid to the centre of the ink that made the peak: one step of a mean shift.
+        across = torch.exp(-0.5 * ((columns - x[:, None]) * size[0] / 2 / self.blur) ** 2)
+        down = torch.exp(-0.5 * ((rows - y[:, None]) * size[1] / 2 / self.blur) ** 2)
+        mine = ink.squeeze(1) * across[:, None] * down[:, :, None]  # (N, h, w)
+        whole = mine.sum((1, 2)).clamp(min=1e-6)
+        mean = torch.stack([(mine.sum(1) * columns).sum(1), (mine.sum(2) * rows).sum(1)], -1)
+        return torch.where(whole[:, None] > 1e-3, mean / whole[:, None], torch.stack([x, y], -1))
 
 
 class TurnSearch(nn.Module):

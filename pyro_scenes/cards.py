@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +17,32 @@ import torch
 from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.config import RunConfig, make_config
-from pyro_scenes.data import DATASETS, load
+from pyro_scenes.data import DATASETS
 from pyro_scenes.data.files import atomic_write, write_json
 from pyro_scenes.errors import UserError
-from pyro_scenes.evaluate import CROWDED, evaluate
-from pyro_scenes.models import SceneModel
+from pyro_scenes.evaluate import evaluate
+from pyro_scenes.report import CROWDED_LABEL, held_out
+
+# A seed has succeeded if so many of its counts are right, on scenes like those of its training.
+SUCCESS = 0.9
+DRAWN = 6  # scenes in the picture
+# Columns of a card where they apply: heading, figure, digits.
+COLUMNS = (
+    ("count right", "count_accuracy", 4),
+    ("correspondence", "category_correspondence", 4),
+    ("right in place", "placed_correspondence", 4),
+    ("purity", "purity", 4),
+    ("-log p(x) <= ({likelihood})", "nll", 2),
+    ("standard error", "nll_stderr", 2),
+    ("ARI", "ari", 4),
+)
+NOTES = {
+    "category_correspondence": "Correspondence is of categories, wherever their objects are; right"
+    " in place and purity match objects by place first.",
+    "nll": "The bound on -log p(x), in nats per image, has exact discrete masses; its standard"
+    " error is over images.",
+    "ari": "ARI is of the foreground.",
+}
 
 
 def ship(
@@ -30,20 +52,22 @@ def ship(
     folder: Path = checkpoint.SHIPPED,
     images: int = 10_000,
     particles: int = 100,
+    nll_images: int | None = None,
     mnist: Path | None = None,
     device: str = "auto",
 ) -> str:
     """Write ``name``.pt (the weights of the first run), .json (figures of all) and .md (the card).
 
     :param runs: finished runs of one command that differ in their seeds alone.
-    :param images: test images of each kind. :return: the card.
+    :param images: test images of each kind. :param nll_images: of those, the likelihood of so many.
+    :return: the card.
     :raises UserError: if a run is missing, unfinished or not of the same command.
     """
     loaded = [checkpoint.load(run, device) for run in runs]
     _same_command(loaded)
     entries = []
     for run, trained in zip(runs, loaded, strict=True):
-        entries.append(_measure(run, trained, images, particles, mnist))
+        entries.append(_measure(run, trained, images, particles, nll_images, mnist))
     config = loaded[0].config
     content = {
         "name": name,
@@ -64,34 +88,49 @@ def ship(
 
 def table(folder: Path = checkpoint.SHIPPED) -> str:
     """A Markdown table of what has shipped, a row a checkpoint: means over its seeds."""
-    rows = [
-        f"| checkpoint | seeds | count right, 0-3 objects | {CROWDED[0]} objects | -log p(x) <= |"
-        " training, minutes |",
-        "|---|---|---|---|---|---|",
-    ]
+    headings = (
+        "checkpoint", "seeds", "count right", f"count right, {CROWDED_LABEL}", "correspondence",
+        "-log p(x) <=", "training, minutes",
+    )
+    rows = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         runs = content["runs"]
-        few, crowded = [r["few"] for r in runs], [r["crowded"] for r in runs]
-        minutes = statistics.mean(run["training_seconds"] for run in runs) / 60
-        rows.append(
-            f"| [{content['name']}](pyro_scenes/checkpoints/{content['name']}.md) | {len(runs)} |"
-            f" {_spread(few, 'count_accuracy', 4)} | {_spread(crowded, 'count_accuracy', 4)} |"
-            f" {_spread(few, 'nll', 1)} | {minutes:.0f} |"
-        )
-    return "\n".join(rows)
+        by_label = _by_label(runs)
+        figures = next(iter(by_label.values()))
+        nll = _spread(figures, "nll", 1)
+        rows.append((
+            f"[{content['name']}](pyro_scenes/checkpoints/{content['name']}.md)",
+            str(len(runs)),
+            _spread(figures, "count_accuracy", 4),
+            _spread(by_label.get(CROWDED_LABEL, []), "count_accuracy", 4),
+            _spread(figures, "category_correspondence", 4),
+            nll if nll == "-" else f"{nll} ({figures[0]['likelihood']})",
+            f"{statistics.mean(run['training_seconds'] for run in runs) / 60:.0f}",
+        ))
+    return "\n".join(_table(headings, rows))
+
+
+def _by_label(runs: list[dict]) -> dict[str, list[dict]]:
+    """The figures of all seeds by the label of what they were measured on, its own data first."""
+    return {label: [run["figures"][label] for run in runs] for label in runs[0]["figures"]}
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
 
 
 def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
-    """Inferred test scenes, half of them crowded."""
+    """Inferred test scenes with objects, two of them of each kind that is not the training's."""
     model = trained.model
-    assert isinstance(model, SceneModel)
-    data = trained.config.data
-    few = load(data, images=20, mnist=mnist)
-    assert few.counts is not None
-    crowded = load(data, images=2, objects=CROWDED, mnist=mnist)
-    images = torch.cat([few.batch(few.counts.nonzero()[0][:4]), crowded.batch()])
-    plots.save(pictures.inference(model, images, math.inf), path)
+    sets = held_out(model, trained.config.data, 40, mnist)
+    batches = []
+    for i, data in enumerate(sets.values()):
+        assert data.counts is not None
+        number = 2 if i else DRAWN - 2 * (len(sets) - 1)
+        batches.append(data.batch(data.counts.nonzero()[0][:number]))
+    plots.save(pictures.inference(model, torch.cat(batches), math.inf), path)
 
 
 def _command(config: RunConfig) -> str:
@@ -119,84 +158,89 @@ def _same_command(loaded: list[Checkpoint]) -> None:
 
 
 def _measure(
-    run: Path, trained: Checkpoint, images: int, particles: int, mnist: Path | None
+    run: Path,
+    trained: Checkpoint,
+    images: int,
+    particles: int,
+    nll_images: int | None,
+    mnist: Path | None,
 ) -> dict:
     """One seed's entry; kept beside the run, so that measuring many can be interrupted."""
     weights = hashlib.sha256(trained.path.read_bytes()).hexdigest()[:12]
-    kept = run / f"figures-{images}x{particles}-{weights}.json"
+    kept = run / f"figures-{images}-{nll_images or images}x{particles}-{weights}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    data = trained.config.data
     assert trained.training is not None
     entry = {
         "seed": trained.config.seed,
         "steps": trained.step,
         "training_seconds": round(trained.training["seconds"]),
         "machine": trained.training["machine"],
-        "few": evaluate(
-            trained.model,
-            load(data, images=images, mnist=mnist),
-            particles=particles,
-            limit=math.inf,
-        ),
-        "crowded": evaluate(
-            trained.model,
-            load(data, images=images, objects=CROWDED, mnist=mnist),
-            particles=0,
-            limit=math.inf,
-        ),
+        "figures": {
+            label: evaluate(
+                trained.model,
+                data,
+                # The prior over counts was never fitted to crowded scenes.
+                particles=0 if label == CROWDED_LABEL else particles,
+                nll_images=nll_images,
+                limit=math.inf,
+            )
+            for label, data in held_out(trained.model, trained.config.data, images, mnist).items()
+        },
     }
     write_json(kept, entry)
     return entry
 
 
 def _card(content: dict) -> str:
-    runs = content["runs"]
-    few, crowded = [r["few"] for r in runs], [r["crowded"] for r in runs]
-    columns = (
-        (few, "count_accuracy", 4),
-        (crowded, "count_accuracy", 4),
-        (few, "nll", 2),
-        (few, "nll_stderr", 2),
-        (few, "ari", 4),
-        (crowded, "ari", 4),
-    )
-    rows = [
-        "| " + " | ".join([str(run["seed"]), *cells, f"{run['training_seconds'] / 60:.1f}"]) + " |"
-        for run, *cells in zip(
-            runs,
-            *([_number(figure[key], digits) for figure in kind] for kind, key, digits in columns),
-            strict=True,
-        )
+    runs, train = content["runs"], content["settings"]["train"]
+    by_label = _by_label(runs)
+    own = next(iter(by_label))
+    succeeded = sum(figures["count_accuracy"] >= SUCCESS for figures in by_label[own])
+    lines = [
+        f"# {content['name']}",
+        "",
+        f"![Inferred test scenes]({content['name']}.png)",
+        "",
+        f"Trained by `{content['command']}`: {train['steps']:,} steps of"
+        f" {train['batch_size']} images; {content['parameters']:,} parameters. The weights are"
+        f" those of seed {runs[0]['seed']}; every seed that was run is listed.",
+        "",
+        f"{succeeded} of {len(runs)} seeds succeeded, that is, got at least {SUCCESS:.0%} of counts"
+        f" right on {own}.",
     ]
-    means = [_spread(*column) for column in columns]
-    train = content["settings"]["train"]
-    return "\n".join(
-        [
-            f"# {content['name']}",
-            "",
-            f"![Inferred test scenes]({content['name']}.png)",
-            "",
-            f"Trained by `{content['command']}`: {train['steps']:,} steps of"
-            f" {train['batch_size']} images; {content['parameters']:,} parameters. The weights are"
-            f" those of seed {runs[0]['seed']}; every seed that was run is listed.",
-            "",
-            f"Measured on {few[0]['images']:,} held-out scenes of the training's counts and"
-            f" {crowded[0]['images']:,} of {CROWDED[0]} objects, a number never trained on. The"
-            f" bound on -log p(x), in nats per image, is with {few[0]['particles']} importance"
-            " samples and exact discrete masses; its standard error is over images. ARI is of the"
-            " foreground.",
-            "",
-            f"| seed | count right | count right, {CROWDED[0]} objects | -log p(x) <= |"
-            f" standard error | ARI | ARI, {CROWDED[0]} objects | training, minutes |",
-            "|---|---|---|---|---|---|---|---|",
-            *rows,
-            f"| mean +- sd | {' | '.join(means)} | |",
-            "",
-            f"Trained on: {'; '.join(sorted({run['machine'] for run in runs}))}.",
-            "",
+    used = set()
+    for label, figures in by_label.items():
+        columns = [c for c in COLUMNS if any(row[c[1]] is not None for row in figures)]
+        used |= {key for _, key, _ in columns}
+        lines += ["", f"## {label}", "", _measured(label, figures[0]), ""]
+        likelihood = figures[0]["likelihood"]
+        headings = ["seed", *(heading.format(likelihood=likelihood) for heading, _, _ in columns)]
+        rows = [
+            [str(run["seed"]), *(_number(row[key], digits) for _, key, digits in columns)]
+            for run, row in zip(runs, figures, strict=True)
         ]
-    )
+        means = ["mean +- sd", *(_spread(figures, key, digits) for _, key, digits in columns)]
+        if label == own:
+            headings.append("training, minutes")
+            for run, cells in zip(runs, rows, strict=True):
+                cells.append(f"{run['training_seconds'] / 60:.1f}")
+            means.append("")
+        lines += _table(headings, [*rows, means])
+    lines += ["", " ".join(note for key, note in NOTES.items() if key in used)]
+    lines += ["", f"Trained on: {'; '.join(sorted({run['machine'] for run in runs}))}.", ""]
+    return "\n".join(lines)
+
+
+def _measured(label: str, figures: dict) -> str:
+    """What the figures of a label are of."""
+    text = f"{figures['images']:,} held-out scenes of {figures['data']}."
+    if label == CROWDED_LABEL:
+        text += " No scene of the training has so many objects."
+    if figures["nll"] is not None:
+        some = "all" if figures["nll_images"] == figures["images"] else f"{figures['nll_images']:,}"
+        text += f" -log p(x) is of {some} of them, with {figures['particles']} importance samples."
+    return text
 
 
 def _number(value: float | None, digits: int) -> str:

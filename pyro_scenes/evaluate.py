@@ -94,6 +94,7 @@ def evaluate(
     *,
     particles: int = 100,
     images: int | None = None,
+    nll_images: int | None = None,
     seed: int = 0,
     chunk: int = 1000,
     limit: float | None = None,
@@ -101,14 +102,15 @@ def evaluate(
 ) -> dict:
     """Figures of a model on held-out images, ready for JSON; None where one does not apply.
 
-    nll is the mean of -log p(x) by the bound, in nats per image, under the likelihood that stands
-    beside it; a Bernoulli one needs binary images. Accuracies are fractions; ari is the mean over
-    images with objects. category_correspondence is the paper's, without places;
-    placed_correspondence and purity match objects by place first (see `metrics`); classes is the
-    number of categories in use.
+    nll is the mean of -log p(x) by the bound, in nats per image, over the first nll_images, under
+    the likelihood that stands beside it; a Bernoulli one needs binary images. Accuracies are
+    fractions; ari is the mean over images with objects. category_correspondence is the paper's,
+    without places; placed_correspondence and purity match objects by place first (see `metrics`);
+    classes is the number of categories in use.
 
     :param particles: importance samples an image; 0 to leave the likelihood out.
-    :param images: only the first so many. :param limit: most objects in an image.
+    :param images: only the first so many. :param nll_images: of those, the likelihood of so many.
+    :param limit: most objects in an image.
     :raises UserError: if the images do not suit the model, or one shows too many objects.
     """
     start = time.perf_counter()
@@ -122,6 +124,7 @@ def evaluate(
         "likelihood": model.likelihood.name,
         "nll": None,
         "nll_stderr": None,
+        "nll_images": None,
         "count_accuracy": None,
         "count_confusion": None,
         "category_correspondence": None,
@@ -136,8 +139,8 @@ def evaluate(
     if particles and (data.binary or not model.likelihood.binary):
         with torch.random.fork_rng(), pyro.validation_enabled(False):
             torch.manual_seed(seed)
-            nll = -likelihoods(model, data, particles, chunk, progress).double()
-        result["nll"] = float(nll.mean())
+            nll = -likelihoods(model, data[:nll_images], particles, chunk, progress).double()
+        result |= {"nll": float(nll.mean()), "nll_images": len(nll)}
         if len(nll) > 1:
             result["nll_stderr"] = float(nll.std() / math.sqrt(len(nll)))
     result["seconds"] = round(time.perf_counter() - start, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ from pyro_scenes.data import DATASETS, SceneData, load, load_npz, load_pngs, spl
 from pyro_scenes.data.files import atomic_write, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import CROWDED, evaluate
-from pyro_scenes.models import GenerativeModel
+from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
 # Held-out images and particles after a training: enough to see that it worked, in a short time.
 IMAGES, PARTICLES = 1000, 10
+# Data sets with other test sets beside their own, see `held_out`.
+WITH_CROWDED = ("multi-dsprites", "multi-mnist-1k", "multi-mnist-10k")
+WITH_NEW_DIGITS = ("multi-mnist",)
+CROWDED_LABEL = f"{CROWDED[0]} objects"
 
 
 def claim(
@@ -70,25 +74,47 @@ def write_objects(out: Path, scene: Scene, form: str | None) -> None:
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures of `evaluate`, a row a data set; a dash where one does not apply."""
-    rows = [(
-        "", "images", "count right", "-log p(x) <= (nats)", "categories right", "classes",
-        "right in place", "purity", "ARI",
-    )]
-    for name, row in figures.items():
-        nll = _number(row["nll"], "{:.2f}")
-        if row["nll_stderr"] is not None:
-            nll += f" +- {row['nll_stderr']:.2f}"
-        rows.append((
-            name, f"{row['images']:,}", _number(row["count_accuracy"], "{:.2%}"), nll,
-            _number(row["category_correspondence"], "{:.2%}"), _number(row["classes"], "{}"),
-            _number(row["placed_correspondence"], "{:.2%}"), _number(row["purity"], "{:.2%}"),
-            _number(row["ari"], "{:.3f}"),
-        ))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    """The figures of `evaluate`, a row a data set; a dash where one does not apply.
+
+    Columns that apply to no row are left out.
+    """
+    columns = {
+        "": list(figures),
+        "images": [f"{row['images']:,}" for row in figures.values()],
+    }
+    for heading, write in COLUMNS.items():
+        cells = [write(row) for row in figures.values()]
+        if any(cell != "-" for cell in cells):
+            columns[heading] = cells
+    aligned = []
+    for heading, cells in columns.items():
+        width = max(map(len, (heading, *cells)))
+        aligned.append([cell.ljust(width) for cell in (heading, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned))
+
+
+def _nll(row: dict[str, Any]) -> str:
+    """With its likelihood, and how many images it is of if not of all."""
+    if row["nll"] is None:
+        return "-"
+    error = "" if row["nll_stderr"] is None else f" +- {row['nll_stderr']:.2f}"
+    few = "" if row["nll_images"] == row["images"] else f"; {row['nll_images']:,} images"
+    return f"{row['nll']:.2f}{error} ({row['likelihood']}{few})"
+
+
+def _written(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: "-" if row[key] is None else form.format(row[key])
+
+
+COLUMNS = {
+    "count right": _written("count_accuracy", "{:.2%}"),
+    "-log p(x) <= (nats)": _nll,
+    "categories right": _written("category_correspondence", "{:.2%}"),
+    "classes": _written("classes", "{}"),
+    "right in place": _written("placed_correspondence", "{:.2%}"),
+    "purity": _written("purity", "{:.2%}"),
+    "ARI": _written("ari", "{:.3f}"),
+}
 
 
 def insert(page: Path, command: str, text: str) -> None:
@@ -106,6 +132,27 @@ def insert(page: Path, command: str, text: str) -> None:
         file.write((before + begin + text + end + rest.partition(end)[2]).encode())
 
 
+def held_out(
+    model: GenerativeModel, data: str, images: int, mnist: Path | None
+) -> dict[str, SceneData]:
+    """Scenes to measure a model on that was trained on some data, by label.
+
+    The first are like those of the training. After them come, where there are such, scenes of more
+    objects if the model finds as many, and scenes of new digits.
+
+    :param data: a registered data set or a file, whose last part is held out.
+    """
+    if data not in DATASETS:
+        return {"held out": split_held_out(load(data))[1][:images]}
+    low, high = DATASETS[data].objects
+    sets = {f"{low}-{high} objects": load(data, images=images, mnist=mnist)}
+    if data in WITH_CROWDED and isinstance(model, SceneModel) and model.most >= CROWDED[1]:
+        sets[CROWDED_LABEL] = load(data, images=images, objects=CROWDED, mnist=mnist)
+    if data in WITH_NEW_DIGITS:
+        sets["new digits"] = load(f"{data}-new-digits", images=images, mnist=mnist)
+    return sets
+
+
 def finish(config: RunConfig, out: Path, device: str, mnist: Path | None) -> str:
     """Measure a trained run on held-out scenes and draw some into its folder.
 
@@ -113,15 +160,7 @@ def finish(config: RunConfig, out: Path, device: str, mnist: Path | None) -> str
         A table and the place of the picture, to print.
     """
     model = checkpoint.load(out, device).model
-    if config.data in DATASETS:
-        spec = DATASETS[config.data]
-        sets = {
-            f"{low}-{high} objects" if low < high else f"{low} objects":
-                load(config.data, images=IMAGES, objects=(low, high), mnist=mnist)
-            for low, high in (spec.objects, CROWDED)
-        }
-    else:
-        sets = {"held out": split_held_out(load(config.data))[1][:IMAGES]}
+    sets = held_out(model, config.data, IMAGES, mnist)
     # No limit on objects: a run that was stopped early may see them everywhere.
     figures = {
         name: evaluate(model, data, particles=PARTICLES, limit=math.inf)
@@ -131,7 +170,3 @@ def finish(config: RunConfig, out: Path, device: str, mnist: Path | None) -> str
     plots.save(pictures.inference(model, images, math.inf), out / "inference.png")
     return (f"{config.data}, held-out scenes, {PARTICLES} particles:\n{table(figures)}\n"
             f"Picture: {out / 'inference.png'}")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

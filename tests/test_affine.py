@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from pyro_scenes.affine import LEAST, to_image, to_window, warp
+from pyro_scenes.affine import LEAST, to_image, to_window, warp, windows
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +110,15 @@ def test_a_window_survives_its_way_through_the_image() -> None:
     image = warp(smooth, to_window(*arguments), (96, 96))
     again = warp(image, to_image(*arguments), (24, 24))
     assert (again - smooth).abs().max() < 0.03 and image.sum() > 10
+
+
+def test_several_windows_are_what_each_is_alone() -> None:
+    scale, angle, shear, translation = (values.float() for values in random(6))
+    transform = to_image(0.5 + 0.2 * scale.abs(), angle, shear, 0.2 * translation).view(2, 3, 3, 3)
+    image = torch.rand(2, 2, 9, 12)
+    together = windows(image, transform, 5)
+    assert together.shape == (2, 3, 2, 5, 5) and together.std() > 0.1
+    for n in range(2):
+        for k in range(3):
+            alone = warp(image[n:n + 1], transform[n, k][None], (5, 5))
+            assert torch.allclose(together[n, k], alone[0], atol=1e-6)

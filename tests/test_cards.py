@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pyro_scenes import cards, checkpoint, cli
+from pyro_scenes import cards, checkpoint, cli, report
 from pyro_scenes.config import make_config
 from pyro_scenes.data import load
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.training import train
 
 TINY = ("location_width=8", "location_blocks=1", "appearance_width=4", "appearance_hidden=8",
         "sprite_hidden=8", "latent=2", "batch_size=4", "eval_images=4", "warmup_full=0",
         "warmup_end=0", "one_object=9", "one_object_end=9")  # fmt: skip
+TINY_KINDS = ("window=8", "code=4", "decoder_hidden=4", "hidden=4", "glimpse=8", "glimpse_width=2",
+              "batch_size=4", "eval_images=4")  # fmt: skip
+OWN, CROWDED = "0-3 objects", "7 objects"
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +42,16 @@ def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path
         model = checkpoint.load(path).model
         scenes = load("multi-dsprites", images=6)
         again = evaluate(model, scenes, particles=2, limit=math.inf, progress=False)
-        assert entry["few"]["nll"] == again["nll"]
-        assert entry["few"]["count_accuracy"] == again["count_accuracy"]
-        assert entry["crowded"]["nll"] is None and entry["crowded"]["data"] == "multi-dsprites"
-        assert f"{entry['few']['nll']:.2f}" in card and entry["steps"] == 2
+        own, crowded = entry["figures"][OWN], entry["figures"][CROWDED]
+        assert list(entry["figures"]) == [OWN, CROWDED] and entry["steps"] == 2
+        assert own["nll"] == again["nll"] and own["nll_images"] == 6
+        assert own["count_accuracy"] == again["count_accuracy"]
+        assert crowded["nll"] is None and crowded["data"] == "multi-dsprites"
+        assert f"| {entry['seed']} | {own['count_accuracy']:.4f} | {own['nll']:.2f} |" in card
+        assert f"| {entry['seed']} | {crowded['count_accuracy']:.4f} |" in card
+    # What no row has does not get a column; what the figures are of is said.
+    assert "-log p(x) <= (bernoulli)" in card and "correspondence" not in card
+    assert "-log p(x) is of all of them, with 2 importance samples" in card
     assert (tmp_path / "tiny.md").read_text() == card
     _, _, settings = content["command"].partition(" --preset fast ")
     assert sorted(settings.removesuffix(" --seed SEED").split(" --set ")) == sorted(
@@ -67,7 +77,7 @@ def test_figures_of_other_weights_are_not_used_again(runs: list[Path], tmp_path:
         for name in ("first", "second")
     )
     assert (first["seed"], second["seed"]) == (0, 1)
-    assert first["few"]["nll"] != second["few"]["nll"]
+    assert first["figures"][OWN]["nll"] != second["figures"][OWN]["nll"]
 
 
 def test_runs_of_different_commands_do_not_share_a_card(runs: list[Path], tmp_path: Path) -> None:
@@ -101,6 +111,89 @@ def test_the_table_goes_between_its_marks(monkeypatch, tmp_path: Path) -> None:
 
 def test_the_shipped_table_has_a_row_a_checkpoint(runs: list[Path], tmp_path: Path) -> None:
     cards.ship("tiny", runs, folder=tmp_path, images=2, particles=2, device="cpu")
-    shutil.copy(tmp_path / "tiny.json", tmp_path / "twin.json")
-    lines = cards.table(tmp_path).splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| [tiny](") and "| 2 |" in lines[2]
+    content = json.loads((tmp_path / "tiny.json").read_text())
+    # A model of few objects that has categories, and two seeds that differ.
+    figures = [run["figures"].pop(OWN) for run in content["runs"]]
+    for i, (run, row) in enumerate(zip(content["runs"], figures, strict=True)):
+        row |= {"category_correspondence": 0.5 + i / 4, "likelihood": "normal, sigma 0.3"}
+        row |= {"nll": 10.0 + 2 * i, "count_accuracy": 0.9 - 0.01 * i}
+        run["figures"] = {"0-2 objects": row}
+    (tmp_path / "twin.json").write_text(json.dumps(content | {"name": "twin"}))
+    headings, rule, first, second = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in cards.table(tmp_path).splitlines()
+    )
+    assert headings == [
+        "checkpoint", "seeds", "count right", "count right, 7 objects", "correspondence",
+        "-log p(x) <=", "training, minutes",
+    ]
+    assert set(rule) == {"---"} and first[0].startswith("[tiny](") and first[1] == "2"
+    assert first[3] != "-" == first[4] and first[5].endswith("(bernoulli)")
+    assert second[3] == "-" and second[4] == "0.6250 +- 0.1768"
+    assert second[5] == "11.0 +- 1.4 (normal, sigma 0.3)"
+    # One of the seeds has 90% of counts right.
+    assert "1 of 2 seeds succeeded, that is, got at least 90% of counts" in cards._card(content)
+
+
+def test_a_card_of_categories_has_their_figures(tmp_path: Path) -> None:
+    config = make_config("discrete-air", "multi-sprites", settings=TINY_KINDS, steps=2)
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    result = CliRunner().invoke(cli.ship, [
+        "kinds", str(tmp_path / "run"), *"--images 5 --nll-images 2 --particles 2".split(),
+        "--device", "cpu", "--out", str(tmp_path / "shipped"),
+    ])
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "shipped" / "kinds.md").read_text()
+    [entry] = json.loads((tmp_path / "shipped" / "kinds.json").read_text())["runs"]
+    row = entry["figures"][OWN]
+    assert list(entry["figures"]) == [OWN] and "## 7 objects" not in card
+    assert (row["images"], row["nll_images"]) == (5, 2)
+    assert "5 held-out scenes of multi-sprites. -log p(x) is of 2 of them" in card
+    for heading in ("correspondence", "right in place", "purity", "-log p(x) <= (normal, sigma 0."):
+        assert f"| {heading}" in card
+    assert f"| {row['category_correspondence']:.4f} |" in card
+
+
+@pytest.mark.parametrize("most, data, labels", [
+    (math.inf, "multi-dsprites", {OWN: "multi-dsprites", CROWDED: "multi-dsprites"}),
+    (7, "multi-mnist-10k", {OWN: "multi-mnist-10k", CROWDED: "multi-mnist-10k"}),
+    (6, "multi-mnist-1k", {OWN: "multi-mnist-1k"}),
+    (math.inf, "multi-sprites", {OWN: "multi-sprites"}),
+    (2, "multi-mnist", {"0-2 objects": "multi-mnist", "new digits": "multi-mnist-new-digits"}),
+    (None, "multi-dsprites", {OWN: "multi-dsprites"}),
+])  # fmt: skip
+def test_what_a_model_is_measured_on(most, data, labels, monkeypatch) -> None:
+    asked = []
+
+    def noted(name, **options):
+        asked.append(options.get("objects"))
+        return f"{options['images']} images of {name}"
+
+    monkeypatch.setattr(report, "load", noted)
+    model = SceneModel() if most else GenerativeModel()
+    model.most = most
+    found = report.held_out(model, data, 5, None)
+    assert found == {label: f"5 images of {name}" for label, name in labels.items()}
+    assert asked == [(7, 7) if label == CROWDED else None for label in labels]
+
+
+def test_new_digits_are_measured_and_drawn_apart(tmp_path: Path, mnist_folder: Path) -> None:
+    settings = (*TINY_KINDS, "classes=2", "attributes=0")
+    config = make_config("discrete-air", "multi-mnist", settings=settings, steps=1)
+    train(config, tmp_path / "run", device="cpu", progress=False, mnist=mnist_folder)
+    options = {"folder": tmp_path / "shipped", "images": 3, "particles": 2}
+    card = cards.ship("digits", [tmp_path / "run"], mnist=mnist_folder, device="cpu", **options)
+    [entry] = json.loads((tmp_path / "shipped" / "digits.json").read_text())["runs"]
+    own, new = entry["figures"].values()
+    assert new["data"] == "multi-mnist-new-digits" and new["nll"] not in (None, own["nll"])
+    assert "## new digits" in card and f"| {new['nll']:.2f} |" in card
+    assert "training, minutes" in card.split("## new digits")[0]
+    assert "training, minutes" not in card.split("## new digits")[1]
+
+
+def test_shipped_cards_and_the_readme_say_what_the_figures_say() -> None:
+    shipped = sorted(checkpoint.SHIPPED.glob("*.json"))
+    assert shipped
+    for path in shipped:
+        assert path.with_suffix(".md").read_text() == cards._card(json.loads(path.read_text()))
+    assert cards.table() in (Path(__file__).parent.parent / "README.md").read_text()

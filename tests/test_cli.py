@@ -36,6 +36,11 @@ TINY = {
 }
 TRAIN = "svi-train --model lavae --data data.npz --steps 3 " + " ".join(
     f"--set {name}={value}" for name, value in TINY.items())
+# The same of a model with categories.
+TRAIN_KINDS = "svi-train --model discrete-air --data data.npz --steps 2 " + " ".join(
+    f"--set {setting}" for setting in (
+        "batch_size=4", "eval_images=2", "attributes=1", "window=8", "code=4", "hidden=4",
+        "decoder_hidden=4", "glimpse=8", "glimpse_width=2"))
 
 CONVERT = "make-scenes --trust-pickled-labels --from-pyro"
 
@@ -84,6 +89,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         succeeded(f"{TRAIN} --out run")
         # Every local maximum counts as an object: there is always one.
         succeeded(f"{TRAIN} --out crowded --set count_threshold=0")
+        succeeded(f"{TRAIN_KINDS} --out kinds")
 
         np.savez("grey.npz", **scenes(4, channels=1))
         np.savez("two-channels.npz", **scenes(4, channels=2))
@@ -170,6 +176,7 @@ BAD = [
     ("svi-eval run --data data.npz --objects 3-0", "3-0"),
     ("svi-eval run --data data.npz --objects few", "few"),
     ("svi-eval run --data data.npz --particles 0", "--particles"),
+    ("svi-eval run --data data.npz --nll-images 0", "--nll-images"),
     ("svi-eval run --data data.npz --json kept.json", "kept.json"),
     ("svi-eval run --data data.npz --figures .", "inference.png"),
     ("svi-eval run --data data.npz --json kept.json/x.json", "kept.json"),
@@ -188,12 +195,17 @@ BAD = [
     ("svi-infer run data.npz --figure kept.png", "kept.png"),
     ("svi-infer run data.npz --traverse kept.png", "kept.png"),
     ("svi-infer run data.npz --swap kept.png", "kept.png"),
+    ("svi-infer run data.npz --steps kept.png", "kept.png"),
+    ("svi-infer run data.npz --tables new.txt", "new.txt"),
+    ("svi-infer run data.npz --tables new.png --steps new.png", "new.png"),
+    ("svi-infer run data.npz --templates new.png", "categories"),
     ("svi-infer run data.npz --out new.json --figure new.json", "new.json"),
     ("svi-infer run data.npz --out new.json --figure new.txt", "new.txt"),
     ("svi-infer run data.npz", "--out"),
     ("svi-infer run --out new.json", "IMAGES"),
     ("svi-infer run data.npz --sample 3 --out new.npz", "--sample"),
     ("svi-infer run --sample 3 --swap new.png", "--swap"),
+    ("svi-infer run --sample 3 --templates new.png", "--templates"),
     ("svi-infer run --sample 3 --out kept.npz", "kept.npz"),
     ("svi-infer run --sample 3 --out new.npz --prior size=uniform:5-6", "size"),
     ("svi-infer run data.npz --out new.json --prior count=uniform:5-6", "--prior"),
@@ -243,7 +255,8 @@ def test_training_writes_a_run_and_shows_held_out_figures(folder: Path) -> None:
     assert json.loads((out / "config.json").read_text())["net"]["latent"] == 3
     row = next(line for line in result.stdout.splitlines() if line.startswith("held out"))
     # One image of 24 is held out; its count is known, categories and segmentation are not.
-    assert row.split()[2] == "1" and "%" in row and row.split()[-2:] == ["-", "-"]
+    assert row.split()[2] == "1" and "%" in row and row.endswith("(bernoulli)")
+    assert "images  count right  -log p(x) <= (nats)\n" in result.stdout
     with Image.open(out / "inference.png") as picture:
         assert picture.width > 300
 
@@ -343,10 +356,27 @@ def test_evaluation_writes_figures_and_pictures(folder: Path) -> None:
     assert f"{figures['nll']:.2f} +- {figures['nll_stderr']:.2f}" in result.stdout
     assert figures["ari"] is None and figures["category_correspondence"] is None
 
-    succeeded(f"{line.replace('run', 'crowded')} --figures pictures")
-    for name in ("inference", "samples", "traversal", "swap"):
-        with Image.open(folder / "pictures" / f"{name}.png") as picture:
-            assert min(picture.size) > 100
+    assert figures["nll_images"] == 6
+    result = succeeded(f"{line} --nll-images 2 --json new.json")
+    figures = json.loads(Path("new.json").read_text())
+    assert (figures["images"], figures["nll_images"]) == (6, 2)
+    assert "(bernoulli; 2 images)" in result.stdout
+
+    names = {"inference", "samples", "traversal", "swap", "steps", "tables"}
+    for run_, suited in (("crowded", names), ("kinds", names | {"templates"})):
+        succeeded(f"{line.replace('run', run_)} --figures {run_}-pictures")
+        drawn = list((folder / f"{run_}-pictures").iterdir())
+        assert {path.name for path in drawn} == {f"{name}.png" for name in suited}
+        for path in drawn:
+            with Image.open(path) as picture:
+                assert min(picture.size) > 100
+
+
+def test_pictures_are_drawn_by_their_options(folder: Path) -> None:
+    options = ("figure", "traverse", "swap", "steps", "tables", "templates")
+    line = " ".join(f"--{name} {name}.png" for name in options)
+    succeeded(f"svi-infer kinds data.npz {line}")
+    assert all(Path(f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in options)
 
 
 def test_evaluation_of_images_alone_leaves_the_rest_null(folder: Path) -> None:

@@ -16,8 +16,8 @@ LAYERS = {
     "objectives": 3, "evaluate": 3, "pictures": 3, "plain": 3,
     "config": 4,
     "checkpoint": 5,
-    "training": 6, "report": 6, "cards": 6,
-    "bench": 7,
+    "training": 6, "report": 6,
+    "bench": 7, "cards": 7,
     "cli": 8,
 }
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))

@@ -1,5 +1,7 @@
 """Figures are rendered, saved and read back: what was drawn is checked pixel by pixel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,19 @@ def test_sprites_are_framed_in_the_colour_of_their_box(tmp_path):
     assert has(two, SECOND) and not has(two, FIRST)
 
 
+def test_boxes_and_sprites_have_the_colour_of_their_category(tmp_path):
+    black, sprites = np.zeros((1, 1, 64, 64), np.float32), np.zeros((1, 12, 1, 17, 17), np.float32)
+    scenes = scene_of([(20, 30, 10, 8), (50, 50, 6, 12), (40, 12, 8, 8)])
+    kind = torch.full((1, 12), -1)
+    kind[0, :3] = torch.tensor([1, 10, 1])    # 10 is as 0: colours come again
+    figure = plots.inference_figure(black, black, replace(scenes, kind=kind), sprites)
+    page = read(figure, tmp_path)
+    colours = [colors.to_hex(patch.get_edgecolor()) for patch in figure.axes[1].patches]
+    assert colours == [plots.OBJECTS[i] for i in (1, 0, 1)]
+    for axes, colour in zip(figure.axes[3:], (SECOND, FIRST, SECOND)):
+        assert has(panel(page, axes), colour)
+
+
 def test_an_object_without_a_box_is_counted_but_not_outlined(tmp_path):
     black = np.zeros((1, 3, 64, 64), np.float32)
     scenes = scene_of([(20, 30, 10, 8), (50, 50, 6, 12)])
@@ -220,6 +235,64 @@ def test_traversal_rows_and_labels(tmp_path):
     assert len(plots.traversal_figure(rows).axes) == 6
     with pytest.raises(ValueError, match="2 rows"):
         plots.traversal_figure(rows, labels=["location"])
+
+
+def test_columns_of_a_traversal_have_headings():
+    rows, headings = pictures(6).reshape(2, 3, 3, 64, 64), ["-2", "0", "2"]
+    figure = plots.traversal_figure(rows, ["a", "b"], headings, title="A title")
+    texts = {text.get_text(): text.get_window_extent() for text in figure.texts}
+    for heading, axes in zip(headings, figure.axes):
+        above, image = texts[heading], axes.get_window_extent()
+        assert image.y1 < above.y0 < above.y1 < texts["A title"].y0
+        assert image.x0 < above.x0 < above.x1 < image.x1
+    with pytest.raises(ValueError, match="3 columns"):
+        plots.traversal_figure(rows, headings=["-2", "2"])
+
+
+def tables(*counts):
+    """Tables with so many rows of three cells."""
+    return [plots.Table(["", "x (px)", "a heading"], [[str(i), f"{-10.5 * i}", "yes"]
+                                                      for i in range(n)]) for n in counts]
+
+
+def test_tables_stand_beside_their_images(tmp_path):
+    counts = (3, 0, 1, 12)
+    scenes = scene_of(*([(5 + 5 * i, 20, 4, 8) for i in range(n)] for n in counts))
+    images = pictures(4)
+    figure = plots.tables_figure(
+        images, np.zeros_like(images), scenes, tables(*counts), tables(3, 0, 0, 66), "A title")
+    page = read(figure, tmp_path)
+    for image, axes in zip(images, figure.axes[::2]):
+        assert_shows(page, axes, image)
+    # The count, then the numbers of the boxes; all lie on the image.
+    for count, axes in zip(counts, figure.axes[1::2]):
+        numbers = [text.get_text() for text in axes.texts]
+        assert sorted(numbers, key=int) == sorted([*map(str, range(count)), str(count)], key=int)
+        image = axes.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert image.x0 <= box.x0 and box.x1 <= image.x1
+            assert image.y0 <= box.y0 and box.y1 <= image.y1
+    said = [text.get_text() for text in figure.texts]
+    assert said.count("none") == 3 and "and 54 more" in said and "nodes" in said
+    # Rows are marked in the colours of their objects.
+    marks = [text.get_color() for text in figure.texts if text.get_text() == "\u25a0"]
+    assert marks == [plots.OBJECTS[i % 10] for n in counts for i in range(n)]
+    boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    boxes += [axes.get_window_extent() for axes in figure.axes]
+    for i, box in enumerate(boxes):
+        assert 0 <= box.x0 <= box.x1 <= page.shape[1] and 0 <= box.y0 <= box.y1 <= len(page)
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_tables_that_do_not_match_are_refused():
+    images, scenes = pictures(2, side=8), scene_of([(1, 1, 2, 2)], [])
+    with pytest.raises(ValueError, match="differ"):
+        plots.tables_figure(images, images, scenes, tables(1, 0), tables(0))
+    with pytest.raises(ValueError, match="differ"):
+        plots.tables_figure(images, images[:1], scenes, tables(1, 0), tables(0, 0))
+    with pytest.raises(ValueError, match="row for each object"):
+        plots.tables_figure(images, images, scenes, tables(1, 1), tables(0, 0))
 
 
 def test_swap_shows_before_above_after(tmp_path):

@@ -156,7 +156,8 @@ class AIR(Attend):
 
     def pose(self, z_where: Tensor) -> Pose:
         c = self.config
-        scale = c.scale_mean * torch.exp(c.scale_deviation * z_where[..., :1])
+        # Clamped before, too: the gradient of a clamped infinity is NaN.
+        scale = c.scale_mean * torch.exp((c.scale_deviation * z_where[..., :1]).clamp(max=20.0))
         scale = scale.clamp(SMALLEST, LARGEST).expand_as(z_where[..., :2])
         angle, shear = torch.zeros_like(z_where[..., 0]), torch.zeros_like(scale)
         return scale, angle, shear, c.place_deviation * z_where[..., 1:]

@@ -59,11 +59,11 @@ class Attend(SceneModel):
         return self.steps
 
     @pyro_method
-    def guide(self, x: Tensor) -> None:
-        """:param x: (B, C, H, W) in [0, 1]."""
+    def guide(self, x: Tensor) -> list[dict[str, Tensor]]:  # type: ignore[override]
+        """:param x: (B, C, H, W) in [0, 1]. :return: what was drawn, see `_attend`."""
         self.check(x)
         with pyro.plate("images", len(x), dim=-1):
-            self._attend(x, sampled)
+            return self._attend(x, sampled)
 
     def _attend(self, x: Tensor, choose: Choose) -> list[dict[str, Tensor]]:
         """Look at images object after object; ``choose`` gives each latent variable its value.

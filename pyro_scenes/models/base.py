@@ -46,7 +46,7 @@ class GenerativeModel(PyroModule):
         device = next(self.parameters()).device
         blank = torch.zeros(count, *self.image_shape, device=device)
         drawn = poutine.trace(poutine.uncondition(self.model)).get_trace(blank)
-        return drawn.nodes["x"]["fn"].mean
+        return drawn.nodes["x"]["fn"].mean.clamp(0.0, 1.0)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the learning rate that they share."""

@@ -60,7 +60,8 @@ from pyro_scenes.likelihoods import likelihood
 from pyro_scenes.models.attend import Attend, Choose, Pose, counted
 from pyro_scenes.priors import GeometricCount, StandardNormal, UniformCategory, presence_logits
 
-LOGIT = 30.0  # logits are kept this near to 0: relaxed draws must not underflow
+LIMIT = 50.0  # of how far apart the logits of a relaxed site are, in units of its temperature
+SURE = 8.0  # limit of what evidence adds to the logit of z_pres
 ANGLE = 2  # the angle's column of z_where
 
 
@@ -90,6 +91,7 @@ class DiscreteAIRConfig:
     glimpse_width: int = 16  # channels (fast)
     blur: float = 3.0  # see attention.InkPeak, pixels (fast)
     shut: float = 5.0
+    sure: float = 10.0  # nats that an object must add for one more in the logit of z_pres (fast)
     angles: int = 36  # tried for each template; 0 to regress them (fast)
 
 
@@ -108,6 +110,21 @@ SUITED = {
 }
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What the fast guide makes of a glimpse, for each category."""
+
+    mean: Tensor  # (N, K, D), of z_where
+    scale: Tensor  # (N, K, D), its standard deviation
+    attributes: tuple[Tensor, Tensor] | None  # (N, K, A) each, the same of z_attr
+    logits: Tensor  # (N, K), nats that an object of the category would add here
+
+    def repeat(self, times: int) -> Guess:
+        parts = self.mean, self.scale, *(self.attributes or ()), self.logits
+        mean, scale, *attributes, logits = (v.repeat(times, *[1] * (v.dim() - 1)) for v in parts)
+        return Guess(mean, scale, (attributes[0], attributes[1]) if attributes else None, logits)
+
+
 class DiscreteAIR(Attend):
     """See the module's docstring.
 
@@ -120,7 +137,9 @@ class DiscreteAIR(Attend):
         c, channels = config, image_shape[0]
         self.config, self.image_shape = config, image_shape
         self.steps, self.classes = c.max_objects, c.classes
-        self.temperature: float | None = None  # of relaxed sites; a training sets it
+        # A training sets these: temperature of the relaxed sites, how much attributes count.
+        self.temperature: float | None = None
+        self.attributes_on = 1.0
         self.autocast = False  # nothing here gains from bfloat16
         if c.networks not in ("fast", "paper") or c.combine not in ("add", "multiply"):
             raise UserError("networks must be fast or paper, and combine add or multiply")
@@ -164,8 +183,9 @@ class DiscreteAIR(Attend):
         self.presence_head = nn.Linear(seen, 1)
         self.where_head = nn.Linear(seen, self.poses * 2 * where)
         with torch.no_grad():
-            self.presence_head.bias.fill_(1.0)  # objects are drawn before templates are
-            self.where_head.weight.mul_(0.1)
+            # With the paper's networks objects are drawn before they look like any.
+            self.presence_head.bias.fill_(1.0 if paper else 0.0)
+            self.where_head.weight.zero_()
             self.where_head.bias.zero_()
 
     # --- the generative model ---------------------------------------------------------------
@@ -183,7 +203,7 @@ class DiscreteAIR(Attend):
                     z_pres = pyro.sample(f"z_pres_{t}", self._one_hot(presence[t]))  # (B, 2)
                 here = here * z_pres[..., 1]
                 with counted(here):
-                    z_cat = pyro.sample(f"z_cat_{t}", self._one_hot(category))  # (B, K)
+                    z_cat = pyro.sample(f"z_cat_{t}", self._category(category))  # (B, K)
                     z_where = pyro.sample(f"z_where_{t}", self.where_prior())  # (B, D)
                     latents = [here[..., None], z_cat, z_where]
                     if self.config.attributes:
@@ -200,13 +220,15 @@ class DiscreteAIR(Attend):
             canvas = (gate[..., None, None] * drawn).sum(-4)
             pyro.sample("x", self.likelihood(canvas), obs=x)
 
-    def _one_hot(self, logits: Tensor) -> dist.TorchDistribution:
-        if self.temperature is None:
+    def _category(self, logits: Tensor) -> dist.TorchDistribution:
+        return self._one_hot(logits, self.config.networks == "paper")
+
+    def _one_hot(self, logits: Tensor, relaxed: bool = True) -> dist.TorchDistribution:
+        if self.temperature is None or not relaxed:
             return dist.OneHotCategorical(logits=logits)
-        # By the clamp no draw of a relaxed site underflows.
-        temperature = logits.new_tensor(self.temperature)
-        logits = (logits - logits.logsumexp(-1, keepdim=True)).clamp(-LOGIT, LOGIT)
-        return dist.RelaxedOneHotCategorical(temperature, logits=logits)
+        # By the limit no coordinate of a draw underflows, whose density would be infinite.
+        logits = logits.log_softmax(-1).clamp(min=-LIMIT * self.temperature)
+        return dist.RelaxedOneHotCategorical(logits.new_tensor(self.temperature), logits=logits)
 
     def pose(self, z_where: Tensor) -> Pose:
         c = self.config
@@ -219,8 +241,8 @@ class DiscreteAIR(Attend):
 
     def templates(self, kind: Tensor | None, what: Tensor | None) -> Tensor:
         code = self.template(kind)
-        if self.attribute is not None:
-            other = self.attribute(what)
+        if self.attribute is not None and self.attributes_on:
+            other = self.attributes_on * self.attribute(what)
             code = code + other if self.config.combine == "add" else code * other
         return self.decoder(code)
 
@@ -240,21 +262,24 @@ class DiscreteAIR(Attend):
             seen = self.look(left if centre is None else self._glimpse(left, centre))
             state = self.rnn(torch.cat([seen, previous], -1), state)
             h = state[0] if centre is None else torch.cat([state[0], seen], -1)
-            presence = self.presence_head(h)
+            presence, guess = self.presence_head(h), None
+            if centre is not None:
+                guess = self._guess(left, h, centre)
+                evidence = guess.logits.amax(-1, keepdim=True) / c.sure
+                presence = presence + evidence.clamp(-SURE, SURE)
             logits = torch.cat([torch.zeros_like(presence), presence], -1).view(*lead, 2)
             z_pres = choose(f"z_pres_{t}", self._one_hot(logits), here)
             here = here * z_pres[..., 1]
             if here.shape != lead:  # particles came with the first draw
                 times, lead = here.numel() // lead.numel(), here.shape
                 left, canvas = (v.repeat(times, 1, 1, 1) for v in (left, canvas))
-                h = h.repeat(times, 1)
-                state = (state[0].repeat(times, 1), state[1].repeat(times, 1))
-                centre = None if centre is None else centre.repeat(times, 1)
+                h, *state = (v.repeat(times, 1) for v in (h, *state))
+                guess = guess and guess.repeat(times)
             found = {"here": here, "z_pres": z_pres}
-            if centre is None:
+            if guess is None:
                 self._read(found, t, left, h, choose)
             else:
-                self._explain(found, t, left, h, centre, choose)
+                self._explain(found, t, guess, choose)
             steps.append(found)
             chosen = [v for k, v in found.items() if k != "here"]
             previous = torch.cat([v.expand(*lead, -1).flatten(0, -2) for v in chosen], -1)
@@ -294,18 +319,18 @@ class DiscreteAIR(Attend):
         transform = to_image(*self.pose(found["z_where"].flatten(0, -2)))
         code = self.code(self.encoder(warp(left, transform, (side, side))))
         logits = code[:, : self.classes].view(*here.shape, -1)
-        found["z_cat"] = choose(f"z_cat_{t}", self._one_hot(logits), here)
+        found["z_cat"] = choose(f"z_cat_{t}", self._category(logits), here)
         if self.config.attributes:
             raw = code[:, self.classes :].view(*here.shape, -1)
             site = dist.Normal(*self._attributes(raw)).to_event(1)
             found["z_attr"] = choose(f"z_attr_{t}", site, here)
 
-    def _explain(
-        self, found: dict[str, Tensor], t: int, left: Tensor, h: Tensor, centre: Tensor,
-        choose: Choose,
-    ) -> None:
-        """The fast order: the category that explains most, then where and how it does."""
-        c, here = self.config, found["here"]
+    def _guess(self, left: Tensor, h: Tensor, centre: Tensor) -> Guess:
+        """For each category the pose and attributes it would have here, and what it would explain.
+
+        :param left: (N, C, H, W). :param h: (N, h). :param centre: (N, 2), of the glimpse.
+        """
+        c = self.config
         mean, scale = self._where(h)  # (N, K, D)
         # The centre in the units of z_where.
         mean = mean + F.pad(2.0 * centre, (3, mean.shape[-1] - 5)).unsqueeze(1)
@@ -313,23 +338,19 @@ class DiscreteAIR(Attend):
         if c.attributes:
             raw = self.attributes_head(h).unflatten(-1, (self.classes, -1))
             attributes = self._attributes(raw)  # (N, K, A) each
+        kinds = torch.eye(self.classes, device=h.device)
         with torch.no_grad():
-            kinds = torch.eye(self.classes, device=h.device)
-            if attributes is None:
-                drawn = self.templates(kinds, None)  # (K, C, S, S)
-            else:
-                what = attributes[0].flatten(0, 1)
-                drawn = self.templates(kinds.repeat(len(h), 1), what)
-                drawn = drawn.unflatten(0, (len(h), -1))  # (N, K, C, S, S)
+            still = kinds.new_zeros(self.classes, c.attributes) if c.attributes else None
+            drawn = self.templates(kinds, still)  # (K, C, S, S)
+            turned = torch.zeros_like(mean)
             if self.turn is not None:
-                still = kinds.new_zeros(self.classes, c.attributes) if c.attributes else None
                 size, _, _, place = self.pose(mean)
-                angle = self.turn(self.templates(kinds, still), left, size, place)
-                angle = angle / c.angle_deviation
-            else:
-                angle = torch.zeros_like(mean[..., ANGLE])
-        mean = mean + F.pad(angle.unsqueeze(-1), (ANGLE, mean.shape[-1] - ANGLE - 1))
+                turned[..., ANGLE] = self.turn(drawn, left, size, place) / c.angle_deviation
+        mean = mean + turned
         with torch.no_grad():
+            if attributes is not None and self.attributes_on:
+                drawn = self.templates(kinds.repeat(len(h), 1), attributes[0].flatten(0, 1))
+                drawn = drawn.unflatten(0, (len(h), -1))  # (N, K, C, S, S)
             pose = self.pose(mean)
             seen = windows(left, to_image(*pose), c.window)
             cell = pose[0].prod(-1) * left.shape[-1] * left.shape[-2] / c.window**2
@@ -337,23 +358,43 @@ class DiscreteAIR(Attend):
             logits = logits - 0.5 * mean.square().sum(-1)
             if attributes is not None:
                 logits = logits - 0.5 * attributes[0].square().sum(-1)
-        site = self._one_hot(logits.view(*here.shape, -1))
+        return Guess(mean, scale, attributes, logits)
+
+    def _explain(self, found: dict[str, Tensor], t: int, guess: Guess, choose: Choose) -> None:
+        """The fast order: the category that explains most, then where and how it does."""
+        here = found["here"]
+        site = self._category(guess.logits.view(*here.shape, -1))
         z_cat = found["z_cat"] = choose(f"z_cat_{t}", site, here)  # (..., K)
         chosen = one_hot(z_cat.detach().argmax(-1), self.classes).view(-1, 1, self.classes)
 
         def of_chosen(values: Tensor) -> Tensor:
             return (chosen @ values).view(*here.shape, -1)
 
-        site = dist.Normal(of_chosen(mean), of_chosen(scale)).to_event(1)
+        site = dist.Normal(of_chosen(guess.mean), of_chosen(guess.scale)).to_event(1)
         found["z_where"] = choose(f"z_where_{t}", site, here)
-        if attributes is not None:
-            site = dist.Normal(*map(of_chosen, attributes)).to_event(1)
+        if guess.attributes is not None:
+            site = dist.Normal(*map(of_chosen, guess.attributes)).to_event(1)
             found["z_attr"] = choose(f"z_attr_{t}", site, here)
 
     def choose_likeliest(self, name: str, site, here: Tensor) -> Tensor:
         if name.startswith(("z_pres", "z_cat")):
             return one_hot(site.probs.argmax(-1), site.probs.shape[-1])
         return site.mean
+
+    # --- for training -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def copy_category(self, source: int, target: int) -> None:
+        """Make a category almost the same as another, in the model and in the fast guide."""
+        column = self.template.weight[:, source]
+        self.template.weight[:, target] = column + 0.1 * torch.randn_like(column)
+        heads = [self.where_head] if self.poses == self.classes else []
+        if heads and self.attribute is not None:
+            heads.append(self.attributes_head)
+        for head in heads:
+            for values in (head.weight, head.bias):
+                rows = values.view(self.classes, -1)  # of each category
+                rows[target] = rows[source]
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         names = ("template.", "attribute.", "decoder.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from pyro_scenes.models.air import AIR
 from pyro_scenes.models.discrete_air import DiscreteAIR
 from pyro_scenes.objectives.base import decayed, falling, temporarily
 from pyro_scenes.priors import GeometricCount
+
+HARDLY = 0.3  # of a category's fair share
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,44 @@ class DiscreteAIRSchedule:
     decay_to: float = 0.02  # the part of each that is left at the end
     temperature_rate: float = 0.001  # r of max(0.5, exp(-r t)) (appendix C.4)
     temperature_end: float = 0.5
+    attributes_from: int = 1500  # templates alone explain the images up to this step
+    split_every: int = 100  # a category hardly used becomes a copy of the one most used; 0 for none
+    split_end: int = 1500
 
 
 DISCRETE_PRESETS = {
     "fast": DiscreteAIRSchedule(),
     "paper": DiscreteAIRSchedule(
-        learning_rate=1e-4, ramp=0, decay_to=1.0, temperature_rate=0.005
+        learning_rate=1e-4, ramp=0, decay_to=1.0, temperature_rate=0.005, attributes_from=0,
+        split_every=0,
     ),
 }
+
+
+class Usage(nn.Module):
+    """How much each category is used, a running mean of some 50 steps."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.share = nn.Buffer(torch.full((classes,), 1.0 / classes))  # (K,)
+
+    @torch.no_grad()
+    def forward(self, used: Tensor) -> None:
+        """:param used: (K,), how much each category was used in a batch."""
+        if used.sum() > 0:
+            self.share.lerp_(used / used.sum(), 0.02)
+
+    @torch.no_grad()
+    def split(self, model: DiscreteAIR) -> None:
+        """Make a category that is hardly used a copy of the one most used, which then parts.
+
+        Which category explains an object is a contest whose winner learns: a template that never
+        wins would never come to look like anything, while another serves two kinds of objects.
+        """
+        least, most = int(self.share.argmin()), int(self.share.argmax())
+        if len(self.share) * self.share[least] < HARDLY:
+            model.copy_category(most, least)
+            self.share[[least, most]] = self.share[most] / 2
 
 
 class DiscreteAIRObjective:
@@ -41,19 +74,35 @@ class DiscreteAIRObjective:
     def __init__(self, schedule: DiscreteAIRSchedule, model: DiscreteAIR, steps: int):
         self.schedule, self.steps = schedule, steps
         self.elbo = Trace_ELBO()
-        self.modules = nn.ModuleDict()
+        self.usage = Usage(model.classes)
+        self.modules = nn.ModuleDict({"usage": self.usage})
 
     def learning_rates(self, step: int) -> dict[str, float]:
+        """For each group of the model's parameters, and of ``modules``."""
         s = self.schedule
         rate = s.learning_rate * decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
-        return {"model": rate, "guide": rate}
+        return {"model": rate, "guide": rate, "usage": 0.0}
 
     def backward(self, model: DiscreteAIR, x: Tensor, step: int) -> dict[str, float]:
         """Gradients of the loss of one batch; returns figures to log, nats per image."""
         s = self.schedule
-        temperature = max(s.temperature_end, math.exp(-s.temperature_rate * step))
-        with temporarily(model, temperature=temperature), poutine.scale(scale=1 / len(x)):
-            return {"loss": self.elbo.loss_and_grads(model.model, model.guide, x)}
+        used = x.new_zeros(model.classes)
+
+        def guide(x: Tensor) -> None:
+            for found in model.guide(x):
+                weighted = found["z_cat"] * found["here"].unsqueeze(-1)
+                used.add_(weighted.detach().sum(0))
+
+        settings = {
+            "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
+            "attributes_on": float(step >= s.attributes_from),
+        }
+        with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
+            loss = self.elbo.loss_and_grads(model.model, guide, x)
+        self.usage(used)
+        if s.split_every and step < s.split_end and (step + 1) % s.split_every == 0:
+            self.usage.split(model)
+        return {"loss": loss, "least used": float(self.usage.share.min())}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""svi-infer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pyro_scenes.cli.options import (
+    FILE,
+    PICTURED,
+    Command,
+    CountRange,
+    device_option,
+    force_option,
+    limit_option,
+    seed_option,
+    version_option,
+)
+
+
+@click.command("svi-infer", cls=Command)
+@click.argument("checkpoint")
+@click.argument("images", type=FILE, nargs=-1)
+@click.option("--out", type=FILE, metavar="FILE",
+              help="Write the objects as JSON; with --sample, the images as npz.")
+# Options of pictures go by the pictures' names inside.
+@click.option("--figure", "inference", type=FILE, metavar="FILE",
+              help="Draw inputs, reconstructions, places and sprites; with --sample, the images.")
+@click.option("--traverse", "traversal", type=FILE, metavar="FILE",
+              help="Draw one object as it is moved and as its appearance is changed.")
+@click.option("--swap", type=FILE, metavar="FILE", help="Draw scenes with their objects swapped.")
+@click.option("--steps", type=FILE, metavar="FILE", help="Draw scenes object after object.")
+@click.option("--tables", type=FILE, metavar="FILE",
+              help="Draw scenes as graphs, with tables of their nodes and edges.")
+@click.option("--templates", type=FILE, metavar="FILE",
+              help="Draw what each category looks like, and what its attributes change.")
+@click.option("--graph", type=click.Choice(["json", "graphml"]),
+              help="Write scene graphs in place of objects: a list of node-link objects, or a "
+              "folder with a GraphML file an image.")
+@click.option("--sample", type=click.IntRange(min=1), metavar="N",
+              help="Draw N images from the model in place of IMAGES.")
+@click.option("--prior", metavar="count=uniform:A-B", type=CountRange("count=uniform:"),
+              help="Sample with this prior in place of the model's, such as count=uniform:5-6.")
+@limit_option
+@seed_option
+@device_option
+@force_option
+@version_option
+def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: str | None,
+          sample: int | None, prior: tuple[int, int] | None, max_objects: int | None, seed: int,
+          device: str, force: bool, **drawings: Path | None) -> None:
+    """Find the objects in IMAGES (an npz file, or PNG files and folders of them).
+
+    CHECKPOINT is a run's folder, a file, or the name of a shipped checkpoint (svi-eval --list).
+    Pictures show the first images that suit.
+    """
+    if bool(images) == bool(sample):
+        raise click.UsageError("give either IMAGES or --sample N")
+    wanted = {name: path for name, path in drawings.items() if path}
+    if not out and not wanted:
+        raise click.UsageError("nothing to write: give --out, --figure or another picture")
+    if sample and wanted.keys() - {"inference"}:
+        raise click.UsageError(
+            "--traverse, --swap, --steps, --tables and --templates need IMAGES")
+    if graph and (sample or not out):
+        raise click.UsageError("--graph needs IMAGES and --out")
+    if prior and not sample:
+        raise click.UsageError("--prior goes with --sample")
+    from pyro_scenes import checkpoint as checkpoints
+    from pyro_scenes import pictures, plots, report
+    from pyro_scenes.data import SceneData, save_npz
+    from pyro_scenes.evaluate import infer as find
+
+    report.claim([out], wanted.values(), force)
+    model = checkpoints.load(checkpoint, device).model
+    if sample:
+        made = pictures.sample(model, sample, seed, prior)
+        drawn = {path: plots.samples_figure(made[:PICTURED]) for path in wanted.values()}
+        if out:
+            pixels = (made * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            save_npz(out, SceneData.from_images("samples", pixels))
+    else:
+        scenes = report.read_images(model, images)
+        drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), wanted, max_objects)
+        if out:
+            found, _ = find(pictures.with_objects(model), scenes, max_objects)
+            report.write_objects(out, found, graph)
+    for path, picture in drawn.items():
+        plots.save(picture, path)

@@ -1,0 +1,68 @@
+"""make-scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pyro_scenes.cli.options import (
+    FILE,
+    Command,
+    force_option,
+    mnist_option,
+    objects_option,
+    seed_option,
+    version_option,
+)
+
+
+@click.command("make-scenes", cls=Command)
+@click.argument("name", required=False)
+@click.option("--images", metavar="N", type=click.IntRange(min=1), default=10_000,
+              show_default=True)
+@objects_option
+@seed_option
+@click.option("--from-pyro", "source", type=FILE, metavar="FILE",
+              help="Convert a file of pyro.contrib.examples.multi_mnist in place of making NAME.")
+@click.option("--trust-pickled-labels", "trust", is_flag=True,
+              help="Read that file's labels. Lists of digits are all that is read; a pickle that "
+              "asks for anything else is refused.")
+@click.option("--out", type=FILE, metavar="FILE", help="Default: NAME.npz.")
+@mnist_option
+@force_option
+@version_option
+def make_scenes(name: str | None, images: int, objects: tuple[int, int] | None, seed: int,
+                source: Path | None, trust: bool, out: Path | None, mnist: Path | None,
+                force: bool) -> None:
+    """Make an npz file of scenes with their truth.
+
+    NAME is multi-dsprites, multi-mnist-1k, multi-mnist-10k, multi-sprites, multi-mnist or
+    multi-mnist-new-digits.
+    """
+    if bool(name) == bool(source):
+        raise click.UsageError("give either a NAME or --from-pyro FILE")
+    if source and not out:
+        raise click.UsageError("--from-pyro needs --out")
+    if trust and not source:
+        raise click.UsageError("--trust-pickled-labels goes with --from-pyro")
+    given = click.get_current_context().get_parameter_source
+    for option in ("images", "objects", "seed", "mnist"):
+        if source and given(option) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option} goes with a NAME")
+    from pyro_scenes import report
+    from pyro_scenes.data import DATASETS, load_pyro_mnist, make, save_npz
+
+    out = out or Path(f"{name}.npz")
+    report.claim([out], [], force)
+    if source:
+        scenes = load_pyro_mnist(source, trust)
+        assert scenes.counts is not None
+        low, high = scenes.counts.min(), scenes.counts.max()
+    else:
+        assert name is not None
+        scenes = make(name, images, objects=objects, seed=seed, mnist=mnist)
+        low, high = objects or DATASETS[name].objects
+    save_npz(out, scenes)
+    click.echo(f"{out}: {len(scenes):,} images of {' x '.join(map(str, scenes.shape))}, "
+               f"{low} to {high} objects each")

@@ -1,0 +1,73 @@
+"""What the commands share: options, and how errors are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyro_scenes import __version__
+from pyro_scenes.errors import UserError
+
+
+class Command(click.Command):
+    """Bad input becomes one line on stderr and exit status 2, an interruption status 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            message = f"{error.filename}: {error.strerror}"
+        except KeyboardInterrupt as interrupt:
+            click.echo(str(interrupt) or "Interrupted.", err=True)
+            ctx.exit(130)
+        click.echo("Error: " + " ".join(message.split()), err=True)
+        ctx.exit(2)
+
+
+class CountRange(click.ParamType):
+    """Numbers of objects: 7, or 0-3 with both ends included, after a prefix."""
+
+    name = "A-B"
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        low, _, high = value.removeprefix(self.prefix).partition("-")
+        high = high or low
+        if not (value.startswith(self.prefix) and low.isdecimal() and high.isdecimal()):
+            self.fail(f"{value!r} is not like {self.prefix}7 or {self.prefix}0-3", param, ctx)
+        if int(low) > int(high):
+            self.fail(f"{value!r} ends before it begins", param, ctx)
+        return int(low), int(high)
+
+
+# Images that pictures are made from: the first so many.
+PICTURED = 64
+
+FILE = click.Path(path_type=Path)
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+force_option = click.option("--force", is_flag=True, help="Overwrite files that exist.")
+limit_option = click.option(
+    "--max-objects", metavar="N", type=click.IntRange(min=0),
+    help="Most objects in an image; default: the model's own. An image that shows more is an "
+    "error.")
+mnist_option = click.option(
+    "--mnist", type=FILE, metavar="DIR",
+    help="Folder with MNIST's four IDX files, for multi-mnist data.")
+nll_option = click.option(
+    "--nll-images", metavar="N", type=click.IntRange(min=1),
+    help="Take the likelihood on the first so many images only; default: on all.")
+objects_option = click.option(
+    "--objects", type=CountRange(),
+    help="Objects a scene, such as 7 or 0-3, for data by name; default: the data set's own.")
+seed_option = click.option(
+    "--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True)
+version_option = click.version_option(__version__, prog_name="pyro_scenes")

@@ -1,0 +1,152 @@
+"""What a model makes of scenes that are changed, made by hand or drawn from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_scenes import plots
+from pyro_scenes.errors import UserError
+from pyro_scenes.models import GenerativeModel
+from pyro_scenes.models.attend import Attend
+from pyro_scenes.pictures.common import IMAGES, STEPS, pick, scenes_in, varied
+from pyro_scenes.priors import UniformCount
+from pyro_scenes.scene import POSE, Scene
+
+BATCH = 256  # images drawn at a time
+# Appearance dimensions in a traversal, and how far it goes: the prior's standard deviation is 1.
+DIMENSIONS, REACH = 6, 2.5
+ATTRIBUTE_REACH = 2.0  # how far attributes of templates go
+
+
+@torch.no_grad()
+def templates(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
+    """The template of each category, with a row for each attribute as it varies if it has any.
+
+    Discrete-AIR's figures 6 and 7. The images serve to tell what the model's objects are made of.
+
+    Raises:
+        UserError: the model has no categories.
+    """
+    if not isinstance(model, Attend) or not model.classes:
+        raise UserError(f"{type(model).__name__} is a model without categories: no templates")
+    _, scene = scenes_in(model, images[:1], math.inf)
+    kinds = torch.arange(model.classes, device=scene.present.device)
+    attributes = 0 if scene.what is None else scene.what.shape[-1]
+    names = [f"category {kind}" for kind in range(model.classes)]
+    if not attributes:
+        return plots.traversal_figure(model.sprites(_objects(kinds[None])), headings=names)
+    values = torch.linspace(-ATTRIBUTE_REACH, ATTRIBUTE_REACH, STEPS, device=kinds.device)
+    what = torch.zeros(len(kinds), attributes, STEPS, attributes, device=kinds.device)
+    for i in range(attributes):
+        what[:, i, :, i] = values
+    repeated = kinds.repeat_interleave(attributes)[:, None].repeat(1, STEPS)
+    made = _objects(repeated, what.flatten(0, 1))
+    if attributes > 1:
+        names = [f"{name}, attribute {i}" for name in names for i in range(attributes)]
+    headings = [f"{value:g}" for value in values.tolist()]
+    return plots.traversal_figure(model.sprites(made), names, headings)
+
+
+@torch.no_grad()
+def traversal(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
+    """One object moved along x, then y, scaled and turned if it can be, then changed in appearance.
+
+    LAVAE's figures 3, 7 and 8, of the first image with an object. The appearance dimensions are
+    those that change the picture most.
+
+    Raises:
+        UserError: no object was found in the images.
+    """
+    model, scenes = scenes_in(model, images, limit)
+    scene = pick(scenes, torch.nonzero(scenes.counts).flatten()[:1])
+    if not len(scene):
+        raise UserError("no object was found in these images; a traversal needs one")
+    slot = int(scene.present[0].int().argmax())
+    rows = {}
+    for axis, name in enumerate("xy"):
+        # Centres of pixels in the middle three quarters, so that the object stays on the canvas.
+        length = images.shape[-1 - axis]
+        stops = torch.linspace(length / 8, length * 7 / 8, STEPS).floor() + 0.5
+        rows[name] = varied(scene, "where", (slot, axis), stops)
+    if scene.pose is not None and scenes.pose is not None:
+        pose, scale, angle = scene.pose[0, slot].cpu(), slice(0, 2), POSE.index("angle")
+        factors = 2 ** torch.linspace(-1, 1, STEPS)
+        rows["scale"] = varied(scene, "pose", (slot, scale), factors[:, None] * pose[scale])
+        if scenes.pose[scenes.present][:, angle].any():  # AIR turns nothing
+            turns = torch.linspace(-math.pi / 2, math.pi / 2, STEPS)
+            rows["angle"] = varied(scene, "pose", (slot, angle), turns + pose[angle])
+    if scene.what is not None and scene.what.shape[-1]:
+        values = torch.linspace(-REACH, REACH, STEPS)
+        name = "appearance" if scene.kind is None else "attribute"
+        changed = [
+            varied(scene, "what", (slot, dimension), values)
+            for dimension in range(scene.what.shape[-1])
+        ]
+        ends = torch.tensor([0, STEPS - 1])
+        effect = torch.stack([
+            model.render(pick(row, ends)).diff(dim=0).abs().sum() for row in changed
+        ])
+        for dimension in effect.argsort(descending=True)[:DIMENSIONS].tolist():
+            rows[f"{name} {dimension}"] = changed[dimension]
+    drawn = torch.stack([model.render(row) for row in rows.values()])
+    return plots.traversal_figure(drawn, list(rows))
+
+
+@torch.no_grad()
+def swap(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
+    """Reconstructions above the same scenes with each object's appearance given to the next.
+
+    LAVAE's figures 3 and 6, of the first IMAGES images with at least two objects. Appearance is the
+    category too.
+
+    Raises:
+        UserError: no image has two objects.
+    """
+    model, scenes = scenes_in(model, images, limit)
+    scene = pick(scenes, torch.nonzero(scenes.counts >= 2).flatten()[:IMAGES])
+    if not len(scene):
+        raise UserError("no image with two objects was found; a swap needs one")
+    rolled = {
+        field: value.clone() for field in ("what", "kind")
+        if (value := getattr(scene, field)) is not None
+    }
+    for values in rolled.values():
+        for one, present in zip(values, scene.present):
+            one[present] = one[present].roll(1, dims=0)
+    return plots.swap_figure(model.render(scene), model.render(replace(scene, **rolled)))
+
+
+@torch.no_grad()
+def sample(
+    model: GenerativeModel, count: int, seed: int = 0, objects: tuple[int, int] | None = None
+) -> Tensor:
+    """Means of images drawn from the model, (count, C, H, W) on the CPU.
+
+    Args:
+        objects: a uniform prior over so many objects, both ends included, in place of the model's
+            own (LAVAE's figure 9).
+
+    Raises:
+        UserError: a model without a prior for the count.
+    """
+    priors = {"count": UniformCount(*objects)} if objects else {}
+    with torch.random.fork_rng(), model.priors(**priors):
+        torch.manual_seed(seed)
+        sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+        return torch.cat([model.sample(size).cpu() for size in sizes])
+
+
+def samples(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
+    """As many images drawn from the model as there are images. LAVAE's figures 2 and 4."""
+    return plots.samples_figure(sample(model, len(images)))
+
+
+def _objects(kind: Tensor, what: Tensor | None = None) -> Scene:
+    """Scenes of objects of these categories (B, M) and attributes (B, M, L), placed nowhere."""
+    nowhere = torch.zeros(*kind.shape, 4, device=kind.device)
+    return Scene(torch.ones_like(kind, dtype=torch.bool), nowhere[..., :2], nowhere, kind, what)

@@ -1,0 +1,74 @@
+"""Curves of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from pyro_scenes.plots.sheet import DPI, FONT, INK
+
+CURVE = "#1f5fa8"
+
+
+def training_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Plot scalars against training steps, one panel for each.
+
+    Values that are not finite leave a gap. Long series are drawn pale under their running mean.
+    A series of positive values that spans more than a factor of 20 gets a logarithmic axis.
+
+    Args:
+        series: for each name, (steps, values) of one length, in the order of the steps.
+
+    Raises:
+        ValueError: no series, or steps and values that differ in length.
+    """
+    if not series:
+        raise ValueError("training curves need at least one series")
+    across = min(3, len(series))
+    down = math.ceil(len(series) / across)
+    figure = Figure(figsize=(3.2 * across, 2.3 * down), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    FigureCanvasAgg(figure)
+    for i, (name, (steps, values)) in enumerate(series.items()):
+        x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+        if x.ndim != 1 or x.shape != y.shape:
+            raise ValueError(f"{name}: {x.shape} steps for {y.shape} values")
+        axes = figure.add_subplot(down, across, i + 1)
+        _draw_curve(axes, x, y)
+        axes.set_title(name, fontsize=FONT + 1, color=INK)
+        axes.set_xlabel("step", fontsize=FONT, color=INK)
+        axes.tick_params(which="both", labelsize=FONT - 1, colors=INK)
+        axes.grid(color="#e4e4e4", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_curve(axes: Axes, x: NDArray[Any], y: NDArray[Any]) -> None:
+    finite = np.isfinite(y)
+    known = y[finite]
+    window = len(known) // 40
+    if window > 4:
+        axes.plot(x, y, color=CURVE, alpha=0.3, linewidth=0.6)
+        ones = np.ones(window)
+        # Divided by the number of values under the window, so that the ends do not sag.
+        mean = np.convolve(known, ones, "same") / np.convolve(np.ones_like(known), ones, "same")
+        axes.plot(x[finite], mean, color=CURVE, linewidth=1.4)
+    else:
+        axes.plot(x, y, color=CURVE, linewidth=1.4, marker="o", markersize=2.5)
+    if len(known) and known.min() > 0 and known.max() > 20 * known.min():
+        axes.set_yscale("log")
+        if known.max() < 1000 * known.min():
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(
+        MaxNLocator(4, integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10])
+    )

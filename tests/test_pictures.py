@@ -1,0 +1,242 @@
+"""Pictures: which scenes are rendered for a figure, and what its tables and labels say."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_scenes import pictures, plots
+from pyro_scenes.errors import UserError
+from pyro_scenes.models import SceneModel
+from pyro_scenes.models.air import AIR, AIRConfig
+from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
+from pyro_scenes.models.discrete_air import DiscreteAIR, DiscreteAIRConfig
+from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
+from pyro_scenes.scene import Scene
+
+SHAPE = (1, 16, 16)
+KINDS = DiscreteAIRConfig(
+    max_objects=2, classes=3, attributes=2, window=8, code=6, decoder_hidden=(5,), hidden=6,
+    glimpse=8, glimpse_width=2, angles=8, isotropic=False,
+)
+PLAIN = AIRConfig(
+    max_objects=2, latent=8, window=8, decoder_hidden=(5,), encoder_hidden=(5,), hidden=6,
+    glimpse=8, glimpse_width=2,
+)
+LOCAL = LAVAEConfig(
+    max_objects=9, latent=3, sprite=5, crop=7, location_width=8, location_blocks=1,
+    appearance_width=4, appearance_hidden=8, sprite_hidden=(8,), count_threshold=0.0,
+)
+MODELS = {
+    "attributes": lambda: DiscreteAIR(KINDS, SHAPE),
+    "no attributes": lambda: DiscreteAIR(replace(KINDS, attributes=0), SHAPE),
+    "air": lambda: AIR(PLAIN, SHAPE),
+    "lavae": lambda: LAVAE(LOCAL, SHAPE),
+}
+NAMES = {"inference", "tables", "steps", "traversal", "swap", "samples"}
+
+
+class Given(SceneModel):
+    """Finds the same scenes in all images, and draws each object as a pixel of its own value."""
+
+    def __init__(self, scene: Scene):
+        super().__init__()
+        self.scene, self.image_shape = scene, SHAPE
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    def infer(self, x: Tensor, limit: float | None = None) -> Scene:
+        return self.scene
+
+    def layers(self, scene: Scene) -> Tensor:
+        layers = torch.zeros(*scene.present.shape, *SHAPE)
+        for b, m in scene.present.nonzero().tolist():
+            column, row = scene.where[b, m].long().tolist()
+            layers[b, m, 0, row, column] = 0.1 * (m + 1)
+        return layers
+
+    def render(self, scene: Scene) -> Tensor:
+        return self.layers(scene).sum(1)
+
+
+def scene_of(*places: list[tuple[float, float]], **fields: Tensor) -> Scene:
+    """Scenes of objects at these centres, with boxes of 4 x 2 pixels."""
+    slots = max(map(len, places))
+    present = torch.tensor([len(row) for row in places])[:, None] > torch.arange(slots)
+    where = torch.full((len(places), slots, 2), math.nan)
+    for b, row in enumerate(places):
+        where[b, :len(row)] = torch.tensor(row).reshape(-1, 2)
+    boxes = torch.cat([where, where * 0 + torch.tensor([4.0, 2.0])], -1)
+    return Scene(present, where, boxes, **fields)
+
+
+def images(number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(number, *SHAPE, generator=generator)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The arguments that figures are made from, by the figure's name."""
+    made: dict = {}
+    for name in ("traversal_figure", "swap_figure", "tables_figure"):
+        function = getattr(plots, name)
+        monkeypatch.setattr(
+            plots, name,
+            lambda *given, name=name, function=function, **named: (
+                made.__setitem__(name, (given, named)), function(*given, **named))[1])
+    return made
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> SceneModel:
+    torch.manual_seed(0)
+    return MODELS[request.param]().eval()
+
+
+def test_every_picture_that_suits_a_model_can_be_drawn(model: SceneModel) -> None:
+    names = pictures.applying(model)
+    assert set(names) == NAMES | ({"templates"} if isinstance(model, DiscreteAIR) else set())
+    drawn = pictures.draw(model, images(6), {name: name for name in names}, math.inf)
+    assert set(drawn) == set(names)
+    assert all(figure.axes for figure in drawn.values())
+
+
+@pytest.mark.parametrize("name", ["attributes", "no attributes", "air"])
+def test_pictures_of_images_in_which_nothing_is_found(name: str) -> None:
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        model.presence_head.bias.fill_(-20.0)
+    wanted = set(pictures.applying(model)) - {"traversal", "swap"}
+    drawn = pictures.draw(model, images(3), {name: name for name in wanted})
+    assert all(figure.axes for figure in drawn.values())
+    for name, reason in (("traversal", "no object was found"), ("swap", "two objects was found")):
+        with pytest.raises(UserError, match=reason):
+            pictures.PICTURES[name].draw(model, images(3), None)
+
+
+def test_models_without_objects_or_categories() -> None:
+    vae = ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)
+    assert pictures.applying(vae) == ["samples"]
+    for name in sorted(NAMES - {"samples"}):
+        with pytest.raises(UserError, match="ConvVAE is a model without objects"):
+            pictures.PICTURES[name].draw(vae, images(2), None)
+    for name in ("air", "lavae"):
+        with pytest.raises(UserError, match="without categories"):
+            pictures.templates(MODELS[name](), images(2))
+
+
+def test_steps_add_one_object_after_the_other(made: dict) -> None:
+    one, many = [(1.5, 2.5)], [(1.5, 2.5), (5.5, 6.5), (9.5, 3.5)]
+    x = images(3)
+    pictures.steps(Given(scene_of([], one, many)), x)
+    (rows, labels), _ = made["traversal_figure"]
+    assert labels == ["input", "1 object", "2 objects", "3 objects"] and rows.shape[:2] == (4, 3)
+    # Scenes with several objects come first.
+    torch.testing.assert_close(rows[0], x[[2, 0, 1]])
+    counts = (rows[1:] > 0).flatten(2).sum(-1)
+    assert counts.tolist() == [[1, 0, 1], [2, 0, 1], [3, 0, 1]]
+    assert [rows[step, 0, 0, row, column].item() for step, column, row in
+            ((1, 1, 2), (2, 5, 6), (3, 9, 3))] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_steps_of_images_without_objects(made: dict) -> None:
+    pictures.steps(Given(scene_of([], [])), images(2))
+    (rows, labels), _ = made["traversal_figure"]
+    assert labels == ["input", "1 object"] and not rows[1].any()
+
+
+def test_tables_say_what_the_graph_says(made: dict) -> None:
+    pose = torch.tensor([0.25, 0.25, math.pi / 6, 0, 0]).repeat(2, 3, 1)
+    pose[0, 1, 2] = 2.5 * math.pi
+    scene = scene_of(
+        [(10, 20), (30, 20), (30, 40)], [],
+        kind=torch.tensor([[4, 0, 4], [-1] * 3]), pose=pose,
+        what=torch.tensor([[[1.0, 0], [4, 4], [1, 0]], [[0, 0]] * 3]),
+    )
+    model = Given(scene)
+    model.render = lambda scene: torch.zeros(len(scene), *SHAPE)
+    pictures.tables(model, images(2))
+    (_, _, shown, nodes, edges), _ = made["tables_figure"]
+    assert shown.counts.tolist() == [3, 0]
+    assert nodes[0].columns == (
+        "", "category", "attribute 0", "attribute 1", "x (px)", "y (px)", "scale", "angle")
+    assert nodes[0].rows == [
+        ("0", "4", "1.00", "0.00", "10.0", "20.0", "0.25", "30°"),
+        ("1", "0", "4.00", "4.00", "30.0", "20.0", "0.25", "90°"),
+        ("2", "4", "1.00", "0.00", "30.0", "40.0", "0.25", "30°"),
+    ]
+    assert edges[0].columns == (
+        "", "dx (px)", "dy (px)", "direction", "same category", "attribute distance")
+    assert edges[0].rows == [
+        ("0 → 1", "-20.0", "0.0", "→ 0°", "no", "5.00"),
+        ("0 → 2", "-20.0", "-20.0", "↘ 45°", "yes", "0.00"),
+        ("1 → 2", "0.0", "-20.0", "↓ 90°", "no", "5.00"),
+    ]
+    assert nodes[1].rows == edges[1].rows == []
+
+    # Without poses there are boxes; two scales, an angle that never turns and long appearances.
+    plain = replace(scene, pose=None, kind=None, what=torch.zeros(2, 3, 9))
+    uneven = pose * torch.tensor([1, 2, 0, 0, 0])
+    columns = []
+    for changed in (plain, replace(plain, pose=uneven)):
+        model.scene = changed
+        pictures.tables(model, images(2))
+        (*_, nodes, edges), _ = made["tables_figure"]
+        columns.append((nodes[0].columns, edges[0].columns))
+    assert [c[0] for c in columns] == [
+        ("", "x (px)", "y (px)", "width (px)", "height (px)"),
+        ("", "x (px)", "y (px)", "scale x", "scale y"),
+    ]
+    assert columns[0][1] == ("", "dx (px)", "dy (px)", "direction", "appearance distance")
+
+
+def test_templates_are_the_models(made: dict) -> None:
+    model = MODELS["attributes"]().eval()
+    pictures.templates(model, images(2))
+    (rows, labels, headings), _ = made["traversal_figure"]
+    assert labels == [f"category {k}, attribute {i}" for k in range(3) for i in range(2)]
+    assert headings == ["-2", "-1.5", "-1", "-0.5", "0", "0.5", "1", "1.5", "2"]
+    for row, (kind, attribute) in zip(rows, ((k, i) for k in range(3) for i in range(2))):
+        what = torch.zeros(9, 2)
+        what[:, attribute] = torch.linspace(-2, 2, 9)
+        expected = model.templates(torch.eye(3)[[kind] * 9], what)
+        torch.testing.assert_close(row, expected)
+
+    model = MODELS["no attributes"]().eval()
+    pictures.templates(model, images(2))
+    (rows,), named = made["traversal_figure"]
+    torch.testing.assert_close(rows, model.templates(torch.eye(3), None)[None])
+    assert named == {"headings": ["category 0", "category 1", "category 2"]}
+
+
+def test_a_traversal_moves_scales_turns_and_changes(model: SceneModel, made: dict) -> None:
+    x = images(4)
+    pictures.traversal(model, x, math.inf)
+    (rows, labels), _ = made["traversal_figure"]
+    poses = ["scale"] * (not isinstance(model, LAVAE)) + ["angle"] * isinstance(model, DiscreteAIR)
+    assert labels[:2 + len(poses)] == ["x", "y", *poses]
+    name = "attribute" if isinstance(model, DiscreteAIR) else "appearance"
+    config = model.config
+    changed = min(6, config.attributes if isinstance(model, DiscreteAIR) else config.latent)
+    assert sorted(label.split()[0] for label in labels[2 + len(poses):]) == [name] * changed
+    scene = model.infer(x, math.inf)
+    first = int(scene.counts.nonzero()[0])
+    whole = model.render(scene)[first]
+    # Half way the object is as it was.
+    for label in poses:
+        torch.testing.assert_close(rows[labels.index(label), 4], whole)
+    assert all((row[0] != row[-1]).any() for row in rows)
+
+
+def test_a_swap_exchanges_categories_and_attributes(made: dict) -> None:
+    kind, what = torch.tensor([[2, 5, 7]]), torch.tensor([[[2.0], [5.0], [7.0]]])
+    model = Given(scene_of([(1, 1), (5, 5), (9, 9)], kind=kind, what=what))
+    rendered = []
+    model.render = lambda scene: (rendered.append(scene), torch.zeros(len(scene), *SHAPE))[1]
+    pictures.swap(model, images(1))
+    before, after = rendered
+    assert before.kind.tolist() == [[2, 5, 7]] and after.kind.tolist() == [[7, 2, 5]]
+    assert after.what[0, :, 0].tolist() == [7, 2, 5]
+    torch.testing.assert_close(after.where, before.where)
