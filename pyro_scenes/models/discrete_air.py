@@ -62,7 +62,8 @@ from pyro_scenes.priors import GeometricCount, StandardNormal, UniformCategory, 
 
 LIMIT = 50.0  # of how far apart the logits of a relaxed site are, in units of its temperature
 SURE = 8.0  # limit of what evidence adds to the logit of z_pres
-ANGLE = 2  # the angle's column of z_where
+ANGLE, PLACE = 2, slice(3, 5)  # the angle's and the translation's columns of z_where
+SPREAD = 0.5  # standard deviation of the translation's prior, of half the image's side
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,11 @@ class DiscreteAIR(Attend):
         c, channels = config, image_shape[0]
         self.config, self.image_shape = config, image_shape
         self.steps, self.classes = c.max_objects, c.classes
-        # A training sets these: temperature of the relaxed sites, how much attributes count.
+        # A training sets these: temperature of the relaxed sites, how much attributes count, and
+        # what is added to the fast guide's logits of each category, (K,).
         self.temperature: float | None = None
         self.attributes_on = 1.0
+        self.start: Tensor | None = None
         self.autocast = False  # nothing here gains from bfloat16
         if c.networks not in ("fast", "paper") or c.combine not in ("add", "multiply"):
             raise UserError("networks must be fast or paper, and combine add or multiply")
@@ -157,7 +160,6 @@ class DiscreteAIR(Attend):
         # inference networks: the LSTM of what is left to explain, then the parameters of each site
         paper = c.networks == "paper"
         self.latents = 2 + where + c.classes + c.attributes
-        self.poses = 1 if paper else c.classes  # poses that h_t gives
         self.look: nn.Module
         self.decoder: nn.Module
         if paper:
@@ -181,12 +183,16 @@ class DiscreteAIR(Attend):
         self.rnn = nn.LSTMCell(features + self.latents, c.hidden)
         seen = c.hidden + (0 if paper else features)
         self.presence_head = nn.Linear(seen, 1)
-        self.where_head = nn.Linear(seen, self.poses * 2 * where)
+        self.where_head = nn.Linear(seen, 2 * where)
+        # What the pose would be for each category, relative to that.
+        self.category_head = None if paper else nn.Linear(seen, c.classes * 2 * where)
         with torch.no_grad():
             # With the paper's networks objects are drawn before they look like any.
-            self.presence_head.bias.fill_(1.0 if paper else 0.0)
-            self.where_head.weight.zero_()
-            self.where_head.bias.zero_()
+            self.presence_head.bias.fill_(1.0 if paper else -1.0)
+            for head in (self.where_head, self.category_head):
+                if head is not None:
+                    head.weight.zero_()
+                    head.bias.zero_()
 
     # --- the generative model ---------------------------------------------------------------
 
@@ -237,7 +243,7 @@ class DiscreteAIR(Attend):
             scale = scale.mean(-1, keepdim=True).expand_as(scale)
         scale = c.scale_least + (c.scale_most - c.scale_least) * scale.sigmoid()
         shear = 0.3 * z_where[..., 5:] if c.shear else torch.zeros_like(scale)
-        return scale, c.angle_deviation * z_where[..., ANGLE], shear, 0.5 * z_where[..., 3:5]
+        return scale, c.angle_deviation * z_where[..., ANGLE], shear, SPREAD * z_where[..., PLACE]
 
     def templates(self, kind: Tensor | None, what: Tensor | None) -> Tensor:
         code = self.template(kind)
@@ -300,8 +306,11 @@ class DiscreteAIR(Attend):
         return warp(left, to_image(scale, nothing[:, 0], nothing, centre), (side, side))
 
     def _where(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of z_where, (N, P, D), for P poses."""
-        mean, spread = self.where_head(h).unflatten(-1, (self.poses, -1)).chunk(2, -1)
+        """Mean and standard deviation of z_where, (N, 1 or K, D)."""
+        raw = self.where_head(h).unsqueeze(1)
+        if self.category_head is not None:
+            raw = raw + self.category_head(h).unflatten(-1, (self.classes, -1))
+        mean, spread = raw.chunk(2, -1)
         return mean, 0.1 * F.softplus(spread - 1.0) + 1e-3
 
     def _attributes(self, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,8 +341,10 @@ class DiscreteAIR(Attend):
         """
         c = self.config
         mean, scale = self._where(h)  # (N, K, D)
-        # The centre in the units of z_where.
-        mean = mean + F.pad(2.0 * centre, (3, mean.shape[-1] - 5)).unsqueeze(1)
+        # Relative to the glimpse's centre, in units of z_where, and by short steps: it is near.
+        step = torch.ones_like(mean[0, 0])
+        step[PLACE] = 0.2
+        mean = step * mean + F.pad(centre / SPREAD, (3, mean.shape[-1] - 5)).unsqueeze(1)
         attributes = None
         if c.attributes:
             raw = self.attributes_head(h).unflatten(-1, (self.classes, -1))
@@ -362,8 +373,10 @@ class DiscreteAIR(Attend):
 
     def _explain(self, found: dict[str, Tensor], t: int, guess: Guess, choose: Choose) -> None:
         """The fast order: the category that explains most, then where and how it does."""
-        here = found["here"]
-        site = self._category(guess.logits.view(*here.shape, -1))
+        here, logits = found["here"], guess.logits
+        if self.start is not None:
+            logits = logits + self.start
+        site = self._category(logits.view(*here.shape, -1))
         z_cat = found["z_cat"] = choose(f"z_cat_{t}", site, here)  # (..., K)
         chosen = one_hot(z_cat.detach().argmax(-1), self.classes).view(-1, 1, self.classes)
 
@@ -380,21 +393,6 @@ class DiscreteAIR(Attend):
         if name.startswith(("z_pres", "z_cat")):
             return one_hot(site.probs.argmax(-1), site.probs.shape[-1])
         return site.mean
-
-    # --- for training -----------------------------------------------------------------------
-
-    @torch.no_grad()
-    def copy_category(self, source: int, target: int) -> None:
-        """Make a category almost the same as another, in the model and in the fast guide."""
-        column = self.template.weight[:, source]
-        self.template.weight[:, target] = column + 0.1 * torch.randn_like(column)
-        heads = [self.where_head] if self.poses == self.classes else []
-        if heads and self.attribute is not None:
-            heads.append(self.attributes_head)
-        for head in heads:
-            for values in (head.weight, head.bias):
-                rows = values.view(self.classes, -1)  # of each category
-                rows[target] = rows[source]
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         names = ("template.", "attribute.", "decoder.")

@@ -15,7 +15,7 @@ from pyro_scenes.models.discrete_air import DiscreteAIR
 from pyro_scenes.objectives.base import decayed, falling, temporarily
 from pyro_scenes.priors import GeometricCount
 
-HARDLY = 0.3  # of a category's fair share
+HARDLY = 0.5  # of a category's fair share
 
 
 @dataclass(frozen=True)
@@ -29,43 +29,39 @@ class DiscreteAIRSchedule:
     temperature_rate: float = 0.001  # r of max(0.5, exp(-r t)) (appendix C.4)
     temperature_end: float = 0.5
     attributes_from: int = 1500  # templates alone explain the images up to this step
-    split_every: int = 100  # a category hardly used becomes a copy of the one most used; 0 for none
-    split_end: int = 1500
+    rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
 
 
 DISCRETE_PRESETS = {
     "fast": DiscreteAIRSchedule(),
     "paper": DiscreteAIRSchedule(
         learning_rate=1e-4, ramp=0, decay_to=1.0, temperature_rate=0.005, attributes_from=0,
-        split_every=0,
+        rescue=0.0,
     ),
 }
 
 
-class Usage(nn.Module):
-    """How much each category is used, a running mean of some 50 steps."""
+class Rescue(nn.Module):
+    """Gives a start to categories that are hardly used, until they are.
 
-    def __init__(self, classes: int):
+    In a training alone: which category explains an object is a contest whose winner learns, and a
+    template that never wins would never come to look like anything, while another serves two
+    kinds of objects.
+    """
+
+    def __init__(self, classes: int, rate: float):
         super().__init__()
-        self.share = nn.Buffer(torch.full((classes,), 1.0 / classes))  # (K,)
+        self.rate = rate
+        self.usage = nn.Buffer(torch.full((classes,), 1.0 / classes))  # a running mean, (K,)
+        self.start = nn.Buffer(torch.zeros(classes))  # nats, (K,)
 
     @torch.no_grad()
     def forward(self, used: Tensor) -> None:
         """:param used: (K,), how much each category was used in a batch."""
         if used.sum() > 0:
-            self.share.lerp_(used / used.sum(), 0.02)
-
-    @torch.no_grad()
-    def split(self, model: DiscreteAIR) -> None:
-        """Make a category that is hardly used a copy of the one most used, which then parts.
-
-        Which category explains an object is a contest whose winner learns: a template that never
-        wins would never come to look like anything, while another serves two kinds of objects.
-        """
-        least, most = int(self.share.argmin()), int(self.share.argmax())
-        if len(self.share) * self.share[least] < HARDLY:
-            model.copy_category(most, least)
-            self.share[[least, most]] = self.share[most] / 2
+            self.usage.lerp_(used / used.sum(), 0.02)
+        hardly = len(used) * self.usage < HARDLY
+        self.start.copy_(torch.where(hardly, self.start + self.rate, 0.98 * self.start))
 
 
 class DiscreteAIRObjective:
@@ -74,14 +70,14 @@ class DiscreteAIRObjective:
     def __init__(self, schedule: DiscreteAIRSchedule, model: DiscreteAIR, steps: int):
         self.schedule, self.steps = schedule, steps
         self.elbo = Trace_ELBO()
-        self.usage = Usage(model.classes)
-        self.modules = nn.ModuleDict({"usage": self.usage})
+        self.rescue = Rescue(model.classes, schedule.rescue)
+        self.modules = nn.ModuleDict({"rescue": self.rescue})
 
     def learning_rates(self, step: int) -> dict[str, float]:
         """For each group of the model's parameters, and of ``modules``."""
         s = self.schedule
         rate = s.learning_rate * decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
-        return {"model": rate, "guide": rate, "usage": 0.0}
+        return {"model": rate, "guide": rate, "rescue": 0.0}
 
     def backward(self, model: DiscreteAIR, x: Tensor, step: int) -> dict[str, float]:
         """Gradients of the loss of one batch; returns figures to log, nats per image."""
@@ -96,13 +92,12 @@ class DiscreteAIRObjective:
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
             "attributes_on": float(step >= s.attributes_from),
+            "start": self.rescue.start.clone() if s.rescue else None,
         }
         with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
             loss = self.elbo.loss_and_grads(model.model, guide, x)
-        self.usage(used)
-        if s.split_every and step < s.split_end and (step + 1) % s.split_every == 0:
-            self.usage.split(model)
-        return {"loss": loss, "least used": float(self.usage.share.min())}
+        self.rescue(used)
+        return {"loss": loss, "least used": float(self.rescue.usage.min())}
 
 
 @dataclass(frozen=True)
