@@ -48,8 +48,8 @@ TRAINING = {
             eval_every=1000,
         ),
     },
-    "discrete-air": {"fast": TrainConfig(), "paper": AIR_PAPER},
-    "air": {"fast": TrainConfig(), "paper": AIR_PAPER},
+    "discrete-air": {"fast": TrainConfig(steps=1500), "paper": AIR_PAPER},
+    "air": {"fast": TrainConfig(steps=2000), "paper": AIR_PAPER},
 }
 
 
@@ -132,8 +132,11 @@ def make_config(
             f"no data set and no file is called {data!r}; the data sets are {', '.join(DATASETS)}"
         )
     schedules = OBJECTIVES[model][1]
-    net = replace(presets[preset], **suited.get(preset, {}).get(data, {}))
-    config = RunConfig(model, data, preset, seed, TRAINING[model][preset], schedules[preset], net)
+    config = RunConfig(
+        model, data, preset, seed, TRAINING[model][preset], schedules[preset], presets[preset]
+    )
+    for name, value in suited.get(preset, {}).get(data, {}).items():
+        config = _with(config, name, value)
     if steps is not None:
         settings = [*settings, f"steps={steps}"]
     for setting in settings:
@@ -154,9 +157,17 @@ def _set(config: RunConfig, setting: str) -> RunConfig:
         values = getattr(config, part)
         kinds = typing.get_type_hints(type(values))
         if name in kinds:
-            value = _parse(name, text, kinds[name])
-            return replace(config, **{part: replace(values, **{name: value})})
+            return _with(config, name, _parse(name, text, kinds[name]))
     raise UserError(f"no setting is called {name!r}; there are {', '.join(setting_names(config))}")
+
+
+def _with(config: RunConfig, name: str, value: Any) -> RunConfig:
+    """The configuration with one field of its parts changed."""
+    for part in RunConfig.parts:
+        values = getattr(config, part)
+        if name in {field.name for field in fields(values)}:
+            return replace(config, **{part: replace(values, **{name: value})})
+    raise AssertionError(f"no setting is called {name}")
 
 
 def setting_names(config: RunConfig) -> list[str]:

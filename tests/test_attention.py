@@ -35,8 +35,8 @@ def pixels(place: Tensor, size: tuple[int, int]) -> list[float]:
 @pytest.mark.parametrize("size", [(24, 36), (23, 31)])
 def test_the_peak_is_where_most_ink_is_and_then_where_the_next_is(size) -> None:
     peak = InkPeak(blur=2.0, shut=4.0)
-    # By ink: 36, 25, 18; what is to be taken away counts nothing, however large.
-    squares = [(8, 7, 6, 1.0), (27.5, 5.5, 5, 1.0), (23, 17, 6, 0.5), (7.5, 18.5, 7, -5.0)]
+    # By ink: 36, 25, 18; what is to be taken away counts nothing, however much and near.
+    squares = [(8, 7, 6, 1.0), (27.5, 5.5, 5, 1.0), (23, 17, 6, 0.5), (8.5, 13.5, 7, -5.0)]
     picture = blobs(size, squares)
     found: list[Tensor] = []
     for x, y, *_ in squares[:3]:

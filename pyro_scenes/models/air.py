@@ -190,18 +190,21 @@ class AIR(Attend):
                 z_pres = choose(f"z_pres_{t}", site, here)
             here = here * z_pres
             mean, spread = self.where_head(h).chunk(2, -1)
-            mean = mean + F.pad(centre / c.place_deviation, (1, 0))
+            if self.peak is not None:
+                # Relative to the glimpse's centre, and by short steps: the object is near.
+                mean = mean * mean.new_tensor([1.0, 0.2, 0.2])
+                mean = mean + F.pad(centre / c.place_deviation, (1, 0))
             if here.shape != lead:  # particles came with the first draw
                 times, lead = here.numel() // lead.numel(), here.shape
                 left, canvas = (v.repeat(times, 1, 1, 1) for v in (left, canvas))
                 mean, spread = mean.repeat(times, 1), spread.repeat(times, 1)
                 state = (state[0].repeat(times, 1), state[1].repeat(times, 1))
-            scale = 0.3 * F.softplus(spread - 1.0) + 1e-3
+            scale = 0.1 * F.softplus(spread - 1.0) + 1e-3
             site = dist.Normal(mean.view(*lead, -1), scale.view(*lead, -1)).to_event(1)
             z_where = choose(f"z_where_{t}", site, here)
             window = warp(left, to_image(*self.pose(z_where.flatten(0, -2))), (side, side))
             mean, spread = self.encoder(window.flatten(1)).view(*lead, -1).chunk(2, -1)
-            site = dist.Normal(mean, F.softplus(spread) + 1e-3).to_event(1)
+            site = dist.Normal(mean, F.softplus(spread - 1.0) + 1e-3).to_event(1)
             z_what = choose(f"z_what_{t}", site, here)
             steps.append({"here": here, "z_where": z_where, "z_what": z_what})
             previous = torch.cat([z_pres.unsqueeze(-1), z_where, z_what], -1).flatten(0, -2)

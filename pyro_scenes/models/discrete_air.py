@@ -100,13 +100,14 @@ PAPER = DiscreteAIRConfig(
     networks="paper", isotropic=False, window=32, code=128, hidden=256, angles=0
 )
 PRESETS = {"fast": DiscreteAIRConfig(), "paper": PAPER}
-# What differs by data set, in each preset.
+# What differs by data set, in each preset; settings of the training too.
 DIGITS = {
     "max_objects": 2, "classes": 10, "attributes": 1, "shear": True, "isotropic": False,
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
+TRAINING = {"blur": 4.0, "shut": 6.0, "rescue": 0.3, "attributes_from": 1200, "steps": 5000}
 SUITED = {
-    "fast": {"multi-mnist": DIGITS},
+    "fast": {"multi-mnist": DIGITS | TRAINING},
     "paper": {"multi-mnist": DIGITS | {"window": 32}},
 }
 
