@@ -9,7 +9,8 @@ median with the least and the most. Compared are
   `plain.py`, without Pyro: the same networks, sampling and estimator on the same batch, with the
   inference networks in bfloat16 and all in float32;
 - our step in float32 beside bfloat16;
-- the paper's networks beside the fast preset's, in float32, per image: a smaller batch is theirs.
+- the paper's networks beside the fast preset's, in float32, per image: a smaller batch is theirs;
+- if asked for, Pyro's own AIR beside ours, both presets, see `pyro_air.py`.
 
 Besides: images generated a second, particles times images a second of the importance-weighted
 bound (`evaluate.iwae`), and the most memory that the process ever held.
@@ -23,13 +24,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_scenes import checkpoint, plain
+from pyro_scenes import checkpoint, plain, pyro_air
 from pyro_scenes.config import make_config
 from pyro_scenes.data import SceneData, make
 from pyro_scenes.evaluate import iwae
@@ -40,7 +42,8 @@ from pyro_scenes.objectives.lavae import LAVAEObjective
 from pyro_scenes.training import OPTIMIZERS
 
 DATA = "multi-dsprites"
-GOAL = 1.15  # most that a step of ours should take of the plain one's time
+# how a ratio's name begins -> what it should be
+GOALS = {"ours / plain torch": "  goal: at most 1.15", "Pyro's AIR / ours": "  goal: at least 4"}
 # name -> what to call, and how much (images, say) a call does
 Work = Mapping[str, tuple[Callable[[], object], int]]
 
@@ -133,15 +136,18 @@ class Trainer:
         self.optimizer.step()
 
 
-def run(device: str = "auto", quick: bool = False) -> dict:
+def run(device: str = "auto", quick: bool = False, air_folder: Path | None = None) -> dict:
     """Measure; ready for JSON. Each figure is a median, a least and a most.
 
     :param quick: fewer and smaller measurements, in under a minute.
-    :raises UserError: if there is no such device.
+    :param air_folder: with Pyro's own AIR, to be compared with ours.
+    :raises UserError: if there is no such device, or no AIR in the folder.
     """
     target = checkpoint.resolve(device)
     size = QUICK if quick else FULL
+    theirs = None if air_folder is None else pyro_air.load(air_folder)
     with torch.random.fork_rng(), pyro.validation_enabled(False):
+        airs: Work = {} if theirs is None else pyro_air.contestants(theirs, size.batch, target)
         data = make(DATA, size.batch, segmentation=False)
         steps = take_turns({
             f"{name}, {precision}":
@@ -164,22 +170,30 @@ def run(device: str = "auto", quick: bool = False) -> dict:
             "particles x images evaluated":
                 (lambda: iwae(model, x, size.particles), size.particles * len(x)),
         }, size.slow_rounds, target)
+        with pyro_air.apart():
+            air = take_turns(airs, size.rounds, target)
     pairs = {
         "ours / plain torch, bfloat16": (steps, "ours, bfloat16", "plain torch, bfloat16"),
         "ours / plain torch, float32": (steps, "ours, float32", "plain torch, float32"),
         "float32 / bfloat16": (steps, "ours, float32", "ours, bfloat16"),
         "paper's networks / fast preset's": (both, "paper's networks", "fast preset's"),
     }
+    if air:
+        pairs |= {
+            f"Pyro's AIR / ours, {preset}": (air, pyro_air.THEIRS, name)
+            for preset, name in pyro_air.OURS.items()
+        }
+    shared = {"air": {"side": pyro_air.SIDE, "steps": pyro_air.STEPS}} if air else {}
     return {
         "machine": machine(target),
         "quick": quick,
         "data": DATA,
-        "size": asdict(size),
+        "size": asdict(size) | shared,
         "ratios": {
             name: _spread([a / b for a, b in zip(seconds[one], seconds[two], strict=True)])
             for name, (seconds, one, two) in pairs.items()
         },
-        "seconds_per_image": {name: _spread(row) for name, row in (steps | both).items()},
+        "seconds_per_image": {name: _spread(row) for name, row in (steps | both | air).items()},
         "per_second": {name: _spread([1 / s for s in row]) for name, row in rates.items()},
         "peak_memory_mib": memory | {"after everything": _memory()},
     }
@@ -210,6 +224,11 @@ def table(result: dict) -> str:
         "batches of {batch}, of {paper_batch} for the paper's networks; medians (least to most) of"
         " {rounds} rounds, of {slow_rounds} from the paper's networks on".format(**size),
     ]
+    if "air" in size:
+        lines.append(
+            "AIR: images of {side} x {side} pixels, T = {steps}, batches of {batch};"
+            " {rounds} rounds".format(**size, **size["air"])
+        )
     parts = [
         ("times as long", "ratios", 1.0, ".2f"),
         ("training, milliseconds an image", "seconds_per_image", 1000.0, ".2f"),
@@ -219,7 +238,7 @@ def table(result: dict) -> str:
         lines += ["", title]
         for name, row in result[part].items():
             median, least, most = (format(row[k] * scale, form) for k in ("median", "min", "max"))
-            goal = f"  goal: at most {GOAL}" if name.startswith("ours / plain") else ""
+            goal = next((g for start, g in GOALS.items() if name.startswith(start)), "")
             lines.append(f"  {name:<34}{median:>9}  ({least} to {most}){goal}")
     lines += ["", "peak memory, MiB"]
     lines += [f"  {name:<34}{mib:>9,.0f}" for name, mib in result["peak_memory_mib"].items()]

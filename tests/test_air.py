@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_scenes.affine import to_window, warp
+from pyro_scenes.config import make_config
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import iwae, log_weights
 from pyro_scenes.models.air import AIR, LARGEST, SMALLEST, AIRConfig
@@ -26,6 +27,7 @@ from pyro_scenes.objectives.air import (
     AIRSchedule,
     DiscreteAIRObjective,
     DiscreteAIRSchedule,
+    Rescue,
 )
 from pyro_scenes.priors import GeometricCount, UniformCount, presence_logits
 
@@ -959,3 +961,89 @@ def test_the_guide_asks_the_model_for_the_category() -> None:
     logits = site["fn"].logits[0].tolist()
     assert abs(costs[0] - costs[1]) > 1
     assert logits[0] - logits[1] == pytest.approx(costs[0] - costs[1], rel=1e-2)
+
+
+# --- categories that are hardly used -------------------------------------------------------------
+
+
+def used(*shares: float) -> Tensor:
+    return torch.tensor(shares)
+
+
+def test_a_category_that_is_hardly_used_is_given_more_each_step_until_it_is_used() -> None:
+    rescue = Rescue(classes=4, rate=0.5, balance=0.0)
+    for _ in range(300):  # the running mean forgets that all began alike
+        rescue(used(5.0, 3.0, 2.0, 0.0))
+    before = rescue.start.clone()
+    assert before[3] > 50.0 and torch.equal(before[:3], torch.zeros(3))
+    rescue(used(5.0, 3.0, 2.0, 0.0))
+    assert torch.allclose(rescue.start[3], before[3] + 0.5)
+    for _ in range(600):
+        rescue(used(1.0, 1.0, 1.0, 1.0))
+    assert rescue.start.max() < 0.1
+
+
+def test_balance_takes_from_what_is_used_twice_its_share() -> None:
+    rescue = Rescue(classes=2, rate=0.0, balance=0.25)
+    rescue.usage.copy_(torch.tensor([1.0, 0.0]))
+    rescue(used(1.0, 0.0))
+    assert torch.allclose(rescue.start, torch.tensor([-0.25, 0.25]))
+
+
+def test_a_batch_without_objects_teaches_nothing_of_use() -> None:
+    rescue = Rescue(classes=2, rate=1.0, balance=0.0)
+    rescue(torch.zeros(2))
+    assert torch.equal(rescue.usage, torch.full((2,), 0.5)) and not rescue.start.any()
+
+
+def test_the_start_of_a_category_decides_between_equals_and_ends_with_the_step() -> None:
+    model = DiscreteAIR(replace(DISCRETE, attributes=0), SHAPE)
+    objective = DiscreteAIRObjective(DiscreteAIRSchedule(rescue=1.0), model, 10)
+    objective.rescue.start.copy_(torch.tensor([0.0, 1e4]))
+    seen: list[Tensor] = []
+    guide = model.guide
+
+    def watched(x: Tensor) -> list[dict[str, Tensor]]:
+        found = guide(x)
+        seen.extend(step["z_cat"] for step in found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiscreteAIR, "guide", lambda self, x: watched(x))
+        objective.backward(model, torch.rand(16, *SHAPE), 0)
+    assert seen and all(torch.equal(z.argmax(-1), torch.ones(16).long()) for z in seen)
+    assert model.start is None
+
+
+def test_attributes_count_from_the_step_that_is_set() -> None:
+    model = DiscreteAIR(DISCRETE, SHAPE)
+    objective = DiscreteAIRObjective(DiscreteAIRSchedule(attributes_from=5), model, 10)
+    for step, trained in ((4, False), (5, True)):
+        model.zero_grad()
+        objective.backward(model, torch.rand(16, *SHAPE), step)
+        assert model.attribute is not None
+        gradient = model.attribute.weight.grad
+        assert (gradient is not None and bool(gradient.any())) == trained
+    assert model.attributes_on == 1.0
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_presets_suit_the_data() -> None:
+    sprites, digits = (make_config("discrete-air", data) for data in
+                       ("multi-sprites", "multi-mnist"))
+    assert (sprites.net.classes, sprites.net.attributes, sprites.net.max_objects) == (3, 0, 3)
+    assert (digits.net.classes, digits.net.attributes, digits.net.max_objects) == (10, 1, 2)
+    assert digits.train.steps != sprites.train.steps
+    assert digits.schedule.attributes_from == 1200
+    changed = make_config("discrete-air", "multi-mnist", settings=["classes=12"], steps=7)
+    assert changed.net.classes == 12 and changed.train.steps == 7
+    assert make_config("air", "multi-mnist", "paper").net.max_objects == 2
+
+
+@pytest.mark.parametrize("setting", ["networks=big", "combine=divide", "likelihood=poisson"])
+def test_settings_that_there_are_not_are_refused(setting) -> None:
+    config = make_config("discrete-air", "multi-sprites", settings=[setting])
+    with pytest.raises(UserError, match=setting.split("=")[0]):
+        DiscreteAIR(config.net, (1, 64, 64))

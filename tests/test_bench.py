@@ -1,16 +1,19 @@
 """The hand-written ELBO is Pyro's to float64 precision; turns, ratios and the told places."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pyro
 import pytest
 import torch
+from click.testing import CliRunner
 from pyro import poutine
 from torch import Tensor
 
-from pyro_scenes import bench, plain
+from pyro_scenes import bench, cli, plain, pyro_air
 from pyro_scenes.data import SceneData, make
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
 from pyro_scenes.objectives.base import temporarily
@@ -246,3 +249,152 @@ def test_the_benchmark_leaves_torchs_random_numbers_alone(
     torch.manual_seed(5)
     bench.run("cpu", quick=True)
     assert torch.equal(torch.rand(3), expected)
+
+
+# --- Pyro's own AIR: a stand-in that the tests write ------------------------------------------
+
+AIR_PY = """
+import warnings
+
+import pyro
+import pyro.distributions as dist
+from modules import Net
+
+
+class AIR(Net):
+    def model(self, data, batch_size, z_pres_prior_p):
+        warnings.warn("as the real one does")
+        with pyro.plate("data", len(data)):
+            here = pyro.sample("z_pres_0", dist.Bernoulli(z_pres_prior_p(0)))
+            noise = dist.Normal(here, self.settings["likelihood_sd"])
+            pyro.sample("obs", noise, obs=data.mean((1, 2)))
+
+    def guide(self, data, batch_size, z_pres_prior_p):
+        pyro.module("net", self.net)
+        assert len(data) == batch_size
+        with pyro.plate("data", len(data)):
+            logits = self.net(data.flatten(1)).squeeze(-1)
+            pyro.sample("z_pres_0", dist.Bernoulli(logits=logits))
+"""
+MODULES_PY = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, x_size, **settings):
+        super().__init__()
+        self.settings = settings
+        self.net = nn.Linear(x_size**2, 1)
+"""
+
+
+@pytest.fixture
+def air_folder(tmp_path: Path) -> Path:
+    (tmp_path / "air.py").write_text(AIR_PY)
+    (tmp_path / "modules.py").write_text(MODULES_PY)
+    return tmp_path
+
+
+def test_the_folder_with_pyros_air_leaves_no_trace(
+    air_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modules", json)  # another's of that name
+    path, files = list(sys.path), sorted(air_folder.rglob("*"))
+    assert pyro_air.load(air_folder).__name__ == "AIR"
+    assert sys.path == path and sorted(air_folder.rglob("*")) == files
+    assert sys.modules["modules"] is json and "air" not in sys.modules
+
+
+def test_both_airs_train_in_turn_and_the_store_of_parameters_stays_ours(air_folder: Path) -> None:
+    theirs = pyro_air.load(air_folder)
+    pyro.get_param_store().clear()
+    with torch.random.fork_rng():
+        work = pyro_air.contestants(theirs, 4, torch.device("cpu"))
+    trainers = {name: call.__self__ for name, (call, _) in work.items()}
+    parameters = {
+        name: dict((trainer.air if name == pyro_air.THEIRS else trainer.model).named_parameters())
+        for name, trainer in trainers.items()
+    }
+    shared = trainers[pyro_air.THEIRS].air.settings
+    for preset, name in pyro_air.OURS.items():
+        model = trainers[name].model
+        assert model.config.networks == preset and model.image_shape == (1, 50, 50)
+        assert model.steps == shared["num_steps"] == 3
+        assert model.config.window == shared["window_size"]
+        assert model.config.latent == shared["z_what_size"]
+        assert model.likelihood.sigma == shared["likelihood_sd"]
+    before = {n: {k: p.detach().clone() for k, p in of.items()} for n, of in parameters.items()}
+    with torch.random.fork_rng(), pyro.validation_enabled(False), pyro_air.apart():
+        seconds = bench.take_turns(work, 1, torch.device("cpu"))
+        assert set(pyro.get_param_store()) == {"net$$$weight", "net$$$bias"}
+    assert list(seconds) == ["Pyro's AIR", "our AIR, fast", "our AIR, paper"]
+    for name, of in parameters.items():
+        assert [k for k, p in of.items() if torch.equal(p, before[name][k])] == [], name
+    assert not set(pyro.get_param_store())
+    assert pyro.settings.get("module_local_params")
+
+
+def test_the_prior_of_pyros_air_is_geometric_up_to_the_limit() -> None:
+    more = torch.tensor(pyro_air.continuing(0.1, 3))
+    reached = torch.cat([torch.ones(1), more.cumprod(0), torch.zeros(1)])
+    torch.testing.assert_close(
+        reached[:-1] - reached[1:], torch.tensor([1.0, 0.1, 0.01, 0.001]) / 1.111
+    )
+
+
+def test_the_ratios_with_pyros_air_are_printed_and_written(
+    air_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = {"Pyro's AIR": [8.0, 6.0], "our AIR, fast": [2.0, 1.0], "our AIR, paper": [4.0, 6.0]}
+    monkeypatch.setattr(
+        bench, "take_turns", lambda work, *_: {name: turns.get(name, [1.0]) for name in work}
+    )
+    out = tmp_path / "new.json"
+    line = ["--quick", "--device", "cpu", "--json", str(out), "--pyro-air", str(air_folder)]
+    result = CliRunner().invoke(cli.bench, line)
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert {name: row for name, row in written["ratios"].items() if "Pyro" in name} == {
+        "Pyro's AIR / ours, fast": {"median": 5.0, "min": 4.0, "max": 6.0},
+        "Pyro's AIR / ours, paper": {"median": 1.5, "min": 1.0, "max": 2.0},
+    }
+    assert written["size"]["air"] == {"side": 50, "steps": 3}
+    printed = result.stdout.splitlines()
+    row = next(line for line in printed if line.startswith("  Pyro's AIR / ours, fast"))
+    assert row.split()[5:] == ["5.00", "(4.00", "to", "6.00)", "goal:", "at", "least", "4"]
+    assert any(line.startswith("AIR: images of 50 x 50 pixels, T = 3") for line in printed)
+    # The same without: AIR is left out.
+    result = CliRunner().invoke(cli.bench, line[:3])
+    assert result.exit_code == 0 and "AIR" not in result.stdout
+
+
+@pytest.mark.parametrize("air, modules, told", [
+    (None, None, "has no air.py"),
+    (AIR_PY, None, "has no modules.py"),
+    ("import nothing_of_that_name", "", "nothing_of_that_name"),
+    ("AIR = ", "", "SyntaxError"),
+    ("", "", "'AIR'"),
+    ("class AIR:\n    def __init__(self, size):\n        pass", "", "unexpected keyword"),
+    ("class AIR(dict):\n    pass", "", "'model'"),
+])
+def test_a_folder_without_pyros_air_is_told_in_one_line(
+    air: str | None, modules: str | None, told: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, content in (("air.py", air), ("modules.py", modules)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    monkeypatch.setattr(bench, "take_turns", lambda *_: pytest.fail("measured before"))
+    result = CliRunner().invoke(
+        cli.bench, ["--quick", "--device", "cpu", "--pyro-air", str(tmp_path)]
+    )
+    assert result.exit_code == 2 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ") and told in line
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.bench, ["--quick", "--pyro-air", str(tmp_path / "nope")])
+    assert result.exit_code == 2 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Error: {tmp_path}/nope has no air.py")

@@ -17,8 +17,9 @@ LAYERS = {
     "config": 4,
     "checkpoint": 5,
     "training": 6, "report": 6,
-    "bench": 7, "cards": 7,
-    "cli": 8,
+    "pyro_air": 7, "cards": 7,
+    "bench": 8,
+    "cli": 9,
 }
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
 

@@ -59,7 +59,7 @@ class Attend(SceneModel):
         return self.steps
 
     @pyro_method
-    def guide(self, x: Tensor) -> list[dict[str, Tensor]]:  # type: ignore[override]
+    def guide(self, x: Tensor) -> list[dict[str, Tensor]]:
         """:param x: (B, C, H, W) in [0, 1]. :return: what was drawn, see `_attend`."""
         self.check(x)
         with pyro.plate("images", len(x), dim=-1):

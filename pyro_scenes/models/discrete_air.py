@@ -19,7 +19,7 @@ symbol     shape              meaning
 =========  =================  ================================================================
 x          (B, C, H, W)       image
 z_pres_t   (B, 2)             one-hot: absent, present; relaxed in training (eq. 7)
-z_cat_t    (B, K)             one-hot category; relaxed in training (eq. 6)
+z_cat_t    (B, K)             one-hot category; relaxed in the paper's training (eq. 6)
 z_where_t  (B, D)             scale x, y, angle, translation x, y, and shear x, y if D = 7
 z_attr_t   (B, A)             attributes
 C_t        (B, C, H, W)       canvas after t objects
@@ -36,7 +36,10 @@ Where the fast preset leaves the paper's guide, and why; the model is the paper'
 - It asks the model for the category: each category's template, at the pose and attributes that
   the network gives for it, is compared with the picture, and q(z_cat) is the softmax of what each
   would add to the likelihood. Encoder and templates then never disagree on what a category
-  is, and a category is a cluster of what looks alike up to pose and attributes.
+  is, and a category is a cluster of what looks alike up to pose and attributes. Its logits have no
+  gradient and need none, so z_cat is drawn exactly in training too: relaxed draws blend templates.
+- q(z_pres) starts from the same evidence: what the best category would add, in nats. Drawing what
+  is not there would teach a template to look like the background.
 - With `angles`, the angle is searched for, not regressed: a square looks the same at four angles,
   a triangle at three, and no continuous function of the picture gives one of them.
 """
@@ -105,7 +108,7 @@ DIGITS = {
     "max_objects": 2, "classes": 10, "attributes": 1, "shear": True, "isotropic": False,
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
-TRAINING = {"blur": 4.0, "shut": 6.0, "rescue": 0.3, "attributes_from": 1200, "steps": 5000}
+TRAINING = {"blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 1200, "steps": 5000}
 SUITED = {
     "fast": {"multi-mnist": DIGITS | TRAINING},
     "paper": {"multi-mnist": DIGITS | {"window": 32}},
@@ -343,7 +346,7 @@ class DiscreteAIR(Attend):
         c = self.config
         mean, scale = self._where(h)  # (N, K, D)
         # Relative to the glimpse's centre, in units of z_where, and by short steps: it is near.
-        step = torch.ones_like(mean[0, 0])
+        step = mean.new_ones(mean.shape[-1])
         step[PLACE] = 0.2
         mean = step * mean + F.pad(centre / SPREAD, (3, mean.shape[-1] - 5)).unsqueeze(1)
         attributes = None

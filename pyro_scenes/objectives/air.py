@@ -31,6 +31,7 @@ class DiscreteAIRSchedule:
     temperature_end: float = 0.5
     attributes_from: int = 1500  # templates alone explain the images up to this step
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
+    balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
 
 
 DISCRETE_PRESETS = {
@@ -50,9 +51,9 @@ class Rescue(nn.Module):
     kinds of objects.
     """
 
-    def __init__(self, classes: int, rate: float):
+    def __init__(self, classes: int, rate: float, balance: float):
         super().__init__()
-        self.rate = rate
+        self.rate, self.balance = rate, balance
         self.usage = nn.Buffer(torch.full((classes,), 1.0 / classes))  # a running mean, (K,)
         self.start = nn.Buffer(torch.zeros(classes))  # nats, (K,)
 
@@ -61,8 +62,13 @@ class Rescue(nn.Module):
         """:param used: (K,), how much each category was used in a batch."""
         if used.sum() > 0:
             self.usage.lerp_(used / used.sum(), 0.02)
-        hardly = len(used) * self.usage < HARDLY
-        self.start.copy_(torch.where(hardly, self.start + self.rate, 0.98 * self.start))
+        share = len(used) * self.usage  # 1 is fair
+        if self.balance:
+            excess = (share - 1).clamp(-1.0, 1.0)
+            self.start.sub_(self.balance * (excess - excess.mean()))
+        else:
+            hardly = share < HARDLY
+            self.start.copy_(torch.where(hardly, self.start + self.rate, 0.98 * self.start))
 
 
 class DiscreteAIRObjective:
@@ -71,7 +77,7 @@ class DiscreteAIRObjective:
     def __init__(self, schedule: DiscreteAIRSchedule, model: DiscreteAIR, steps: int):
         self.schedule, self.steps = schedule, steps
         self.elbo = Trace_ELBO()
-        self.rescue = Rescue(model.classes, schedule.rescue)
+        self.rescue = Rescue(model.classes, schedule.rescue, schedule.balance)
         self.modules = nn.ModuleDict({"rescue": self.rescue})
 
     def learning_rates(self, step: int) -> dict[str, float]:
@@ -93,7 +99,7 @@ class DiscreteAIRObjective:
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
             "attributes_on": float(step >= s.attributes_from),
-            "start": self.rescue.start.clone() if s.rescue else None,
+            "start": self.rescue.start.clone() if s.rescue or s.balance else None,
         }
         with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
             loss = self.elbo.loss_and_grads(model.model, guide, x)
