@@ -108,7 +108,7 @@ DIGITS = {
     "max_objects": 2, "classes": 10, "attributes": 1, "shear": True, "isotropic": False,
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
-TRAINING = {"blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 1200, "steps": 5000}
+TRAINING = {"blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 1200, "steps": 3000}
 SUITED = {
     "fast": {"multi-mnist": DIGITS | TRAINING},
     "paper": {"multi-mnist": DIGITS | {"window": 32}},

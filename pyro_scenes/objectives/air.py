@@ -96,14 +96,17 @@ class DiscreteAIRObjective:
                 weighted = found["z_cat"] * found["here"].unsqueeze(-1)
                 used.add_(weighted.detach().sum(0))
 
+        # Later an attribute would turn a category that is given a start into another's kind.
+        early = step < s.attributes_from
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
-            "attributes_on": float(step >= s.attributes_from),
-            "start": self.rescue.start.clone() if s.rescue or s.balance else None,
+            "attributes_on": float(not early),
+            "start": self.rescue.start.clone() if early and (s.rescue or s.balance) else None,
         }
         with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
             loss = self.elbo.loss_and_grads(model.model, guide, x)
-        self.rescue(used)
+        if early:
+            self.rescue(used)
         return {"loss": loss, "least used": float(self.rescue.usage.min())}
 
 
