@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_scenes.affine import to_image, warp
+
 RADII = 10  # of the polar grid
 # Its largest radius, in units of half a window: corners of what fills the window count too.
 FARTHEST = 1.1
@@ -98,6 +100,17 @@ class TurnSearch(nn.Module):
         curve = (before - 2 * here + after).clamp(max=-1e-9)
         best = best.squeeze(-1) + (0.5 * (before - after) / curve).clamp(-0.5, 0.5)
         return torch.remainder(best * 2 * math.pi / angles + math.pi, 2 * math.pi) - math.pi
+
+
+def glimpse(source: Tensor, centre: Tensor, side: int) -> Tensor:
+    """The picture round a centre, pixel for pixel, (N, C, side, side).
+
+    :param source: (N, C, H, W). :param centre: (N, 2), from -1 to 1 across the image.
+    """
+    scale = source.new_tensor([side / source.shape[-1], side / source.shape[-2]])
+    nothing = torch.zeros_like(centre)
+    transform = to_image(scale.expand_as(centre), nothing[:, 0], nothing, centre)
+    return warp(source, transform, (side, side))
 
 
 def gain(seen: Tensor, drawn: Tensor, area: Tensor, sigma: float) -> Tensor:

@@ -162,11 +162,7 @@ class SpriteMLP(nn.Module):
 
     def __init__(self, latent: int, channels: int, side: int, hidden: tuple[int, ...]):
         super().__init__()
-        sizes = (latent, *hidden)
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], channels * side * side))
+        self.net = mlp(latent, hidden, channels * side * side)
         self.shape = (channels, side, side)
         # Sprites start dim: a bright square would cover several objects before any is found.
         nn.init.constant_(self.net[-1].bias, -2.0)  # type: ignore[arg-type]

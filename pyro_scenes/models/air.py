@@ -181,7 +181,7 @@ class AIR(Attend):
                 seen, centre = self.look(whole), torch.zeros_like(canvas[:, 0, 0, :2])
             else:
                 centre = self.peak(left, centres)
-                seen = self.look(_glimpse(left, centre, c.glimpse))
+                seen = self.look(attention.glimpse(left, centre, c.glimpse))
             state = self.rnn(torch.cat([seen, previous], -1), state)
             h = state[0] if self.peak is None else torch.cat([state[0], seen], -1)
             logit = self.presence_head(h).squeeze(-1).clamp(-LOGIT, LOGIT).view(lead)
@@ -243,10 +243,3 @@ class AIR(Attend):
             key = {"decoder": "model", "baseline": "baseline"}.get(first, "guide")
             parts[key].append(parameter)
         return parts
-
-
-def _glimpse(left: Tensor, centre: Tensor, side: int) -> Tensor:
-    """The picture round a centre, (N, C, side, side)."""
-    scale = left.new_tensor([side / left.shape[-1], side / left.shape[-2]]).expand_as(centre)
-    nothing = torch.zeros_like(centre)
-    return warp(left, to_image(scale, nothing[:, 0], nothing, centre), (side, side))

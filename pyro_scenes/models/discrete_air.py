@@ -269,7 +269,9 @@ class DiscreteAIR(Attend):
         for t in pyro.markov(range(self.steps), history=self.steps):
             left = x.repeat(len(canvas) // rows, 1, 1, 1) - canvas  # to explain, (N, C, H, W)
             centre = self.peak(left, centres) if c.networks == "fast" else None
-            seen = self.look(left if centre is None else self._glimpse(left, centre))
+            seen = self.look(
+                left if centre is None else attention.glimpse(left, centre, c.glimpse)
+            )
             state = self.rnn(torch.cat([seen, previous], -1), state)
             h = state[0] if centre is None else torch.cat([state[0], seen], -1)
             presence, guess = self.presence_head(h), None
@@ -301,13 +303,6 @@ class DiscreteAIR(Attend):
                     canvas = canvas + (here[..., None, None, None] * drawn).flatten(0, -4)
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
-
-    def _glimpse(self, left: Tensor, centre: Tensor) -> Tensor:
-        """The picture round a centre, (N, C, G, G)."""
-        side = self.config.glimpse
-        scale = left.new_tensor([side / left.shape[-1], side / left.shape[-2]]).expand_as(centre)
-        nothing = torch.zeros_like(centre)
-        return warp(left, to_image(scale, nothing[:, 0], nothing, centre), (side, side))
 
     def _where(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of z_where, (N, 1 or K, D)."""
