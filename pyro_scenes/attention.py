@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_scenes.affine import to_image, warp
+from pyro_scenes.affine import read
 
 RADII = 10  # of the polar grid
 # Its largest radius, in units of half a window: corners of what fills the window count too.
@@ -108,9 +108,7 @@ def glimpse(source: Tensor, centre: Tensor, side: int) -> Tensor:
     :param source: (N, C, H, W). :param centre: (N, 2), from -1 to 1 across the image.
     """
     scale = source.new_tensor([side / source.shape[-1], side / source.shape[-2]])
-    nothing = torch.zeros_like(centre)
-    transform = to_image(scale.expand_as(centre), nothing[:, 0], nothing, centre)
-    return warp(source, transform, (side, side))
+    return read(source, scale.expand_as(centre), centre, (side, side))
 
 
 def gain(seen: Tensor, drawn: Tensor, area: Tensor, sigma: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -279,3 +281,33 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
     for before, after in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(before, after), nn.SiLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+class LookingCell(nn.LSTMCell):
+    """An LSTM cell that takes its input in two parts, of which the first may serve many steps."""
+
+    def opened(self, seen: int) -> tuple[Callable, Callable]:
+        """``look`` and ``step``, for all steps of a run: the weights are taken apart once.
+
+        look: the first part of an input, (N, seen) -> what it adds to the gates, (N, 4 h).
+        step: that, the second part (N, I - seen), and the state or None -> state, cell: (N, h).
+        """
+        first, second = self.weight_ih.split([seen, self.input_size - seen], 1)
+        bias = self.bias_ih + self.bias_hh
+
+        def look(part: Tensor) -> Tensor:
+            return F.linear(part, first, bias)
+
+        def step(
+            looked: Tensor, part: Tensor, state: tuple[Tensor, Tensor] | None
+        ) -> tuple[Tensor, Tensor]:
+            gates = looked + F.linear(part, second)
+            if state is not None:
+                gates = gates + F.linear(state[0], self.weight_hh)
+            let_in, keep, new, let_out = gates.chunk(4, -1)
+            cell = let_in.sigmoid() * new.tanh()
+            if state is not None:
+                cell = cell + keep.sigmoid() * state[1]
+            return let_out.sigmoid() * cell.tanh(), cell
+
+        return look, step

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from pyro_scenes.affine import LEAST, to_image, to_window, warp, windows
+from pyro_scenes.affine import LEAST, read, to_image, to_window, warp, windows, write
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +122,24 @@ def test_several_windows_are_what_each_is_alone() -> None:
         for k in range(3):
             alone = warp(image[n:n + 1], transform[n, k][None], (5, 5))
             assert torch.allclose(together[n, k], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_upright_windows_are_those_of_the_whole_transform(channels: int) -> None:
+    scale, angle, shear, translation = random(20)
+    angle, shear = torch.zeros_like(angle), torch.zeros_like(shear)
+    image = torch.rand(20, channels, 11, 14).double()
+    outcomes = []
+    for plain in (True, False):
+        arguments = [v.clone().requires_grad_() for v in (image, scale, translation)]
+        source, s, t = arguments
+        if plain:
+            seen = warp(source, to_image(s, angle, shear, t), (5, 6))
+            drawn = warp(seen, to_window(s, angle, shear, t), (11, 14))
+        else:
+            seen = read(source, s, t, (5, 6))
+            drawn = write(seen, s, t, (11, 14))
+        (drawn.square().sum() + seen.square().sum()).backward()
+        outcomes.append([seen, drawn, *(v.grad for v in arguments)])
+    for whole, apart in zip(*outcomes, strict=True):
+        assert whole.std() > 0 and torch.allclose(whole, apart, atol=1e-9)

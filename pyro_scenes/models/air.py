@@ -48,7 +48,7 @@ from pyro.nn import pyro_method
 from torch import Tensor, nn
 
 from pyro_scenes import attention, nets
-from pyro_scenes.affine import to_image, warp
+from pyro_scenes.affine import read, write
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import likelihood
 from pyro_scenes.models.attend import Attend, Choose, Pose
@@ -115,7 +115,7 @@ class AIR(Attend):
         self.look: nn.Module = nn.Flatten()
         if self.peak is not None:
             self.look = nets.WindowEncoder(channels, c.glimpse, c.glimpse_width, features)
-        self.rnn = nn.LSTMCell(features + self.latents, c.hidden)
+        self.rnn = nets.LookingCell(features + self.latents, c.hidden)
         seen = c.hidden if self.peak is None else c.hidden + features
         self.presence_head = nn.Linear(seen, 1)
         self.where_head = nn.Linear(seen, 6)
@@ -165,6 +165,11 @@ class AIR(Attend):
     def templates(self, kind: Tensor | None, what: Tensor | None) -> Tensor:
         return self.decoder(what)
 
+    def write(self, templates: Tensor, z_where: Tensor, size: tuple[int, int]) -> Tensor:
+        scale, _, _, translation = self.pose(z_where.flatten(0, -2))
+        drawn = write(templates, scale, translation, size)
+        return drawn.view(*z_where.shape[:-1], *drawn.shape[1:])
+
     # --- the guide --------------------------------------------------------------------------
 
     def _attend(self, x: Tensor, choose: Choose) -> list[dict[str, Tensor]]:
@@ -172,17 +177,20 @@ class AIR(Attend):
         rows, lead, side = len(x), torch.Size((len(x),)), c.window
         here, canvas = x.new_ones(rows), torch.zeros_like(x)
         previous, state = x.new_zeros(rows, self.latents), None
+        look, step = self.rnn.opened(self.rnn.input_size - self.latents)
         centres: list[Tensor] = []
         steps = []
         for t in pyro.markov(range(self.steps), history=self.steps):
-            whole = x.repeat(len(canvas) // rows, 1, 1, 1)
-            left = whole - canvas  # to explain, (N, C, H, W)
+            left = x.repeat(len(canvas) // rows, 1, 1, 1) - canvas  # to explain, (N, C, H, W)
             if self.peak is None:
-                seen, centre = self.look(whole), torch.zeros_like(canvas[:, 0, 0, :2])
+                centre = torch.zeros_like(canvas[:, 0, 0, :2])
+                if t == 0:  # the same at every step
+                    looked = look(self.look(x))
             else:
                 centre = self.peak(left, centres)
                 seen = self.look(attention.glimpse(left, centre, c.glimpse))
-            state = self.rnn(torch.cat([seen, previous], -1), state)
+                looked = look(seen)
+            state = step(looked, previous, state)
             h = state[0] if self.peak is None else torch.cat([state[0], seen], -1)
             logit = self.presence_head(h).squeeze(-1).clamp(-LOGIT, LOGIT).view(lead)
             site = dist.Bernoulli(logits=logit)
@@ -197,12 +205,13 @@ class AIR(Attend):
             if here.shape != lead:  # particles came with the first draw
                 times, lead = here.numel() // lead.numel(), here.shape
                 left, canvas = (v.repeat(times, 1, 1, 1) for v in (left, canvas))
-                mean, spread = mean.repeat(times, 1), spread.repeat(times, 1)
+                mean, spread, looked = (v.repeat(times, 1) for v in (mean, spread, looked))
                 state = (state[0].repeat(times, 1), state[1].repeat(times, 1))
             scale = 0.1 * F.softplus(spread - 1.0) + 1e-3
             site = dist.Normal(mean.view(*lead, -1), scale.view(*lead, -1)).to_event(1)
             z_where = choose(f"z_where_{t}", site, here)
-            window = warp(left, to_image(*self.pose(z_where.flatten(0, -2))), (side, side))
+            scale, _, _, centre = self.pose(z_where.flatten(0, -2))
+            window = read(left, scale, centre, (side, side))
             mean, spread = self.encoder(window.flatten(1)).view(*lead, -1).chunk(2, -1)
             site = dist.Normal(mean, F.softplus(spread - 1.0) + 1e-3).to_event(1)
             z_what = choose(f"z_what_{t}", site, here)

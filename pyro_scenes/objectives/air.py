@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.ops.provenance import track_provenance
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_scenes.models.air import AIR
@@ -133,12 +136,40 @@ AIR_PRESETS = {
 }
 
 
+class OrderedGraph_ELBO(TraceGraph_ELBO):
+    """TraceGraph_ELBO of a guide in which each draw may depend on all draws before it, as AIR's.
+
+    What depends on a discrete site is then known from the order of the sites. TraceGraph_ELBO
+    finds it out by tracking every operation on a draw, which takes a third of a step of AIR.
+    """
+
+    def _get_trace(self, model, guide, args, kwargs):
+        joint, posterior = get_importance_trace(
+            "flat", self.max_plate_nesting, model, guide, args, kwargs
+        )
+        drawn: frozenset[str] = frozenset()
+        for name, site in posterior.nodes.items():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                if not site["fn"].has_rsample:
+                    drawn |= {name}
+                _depend(site, drawn)
+                _depend(joint.nodes[name], drawn)
+        for site in joint.observation_nodes:
+            _depend(joint.nodes[site], drawn)
+        return joint, posterior
+
+
+def _depend(site: dict, drawn: frozenset[str]) -> None:
+    """Tell TraceGraph_ELBO that a site's density depends on these draws; it asks the sum."""
+    site["log_prob_sum"] = track_provenance(site["log_prob_sum"], drawn)
+
+
 class AIRObjective:
     """The ELBO with scores of z_pres less their baselines, by TraceGraph_ELBO."""
 
     def __init__(self, schedule: AIRSchedule, model: AIR, steps: int):
         self.schedule, self.steps = schedule, steps
-        self.elbo = TraceGraph_ELBO()
+        self.elbo = OrderedGraph_ELBO()
         self.modules = nn.ModuleDict()
 
     def learning_rates(self, step: int) -> dict[str, float]:
