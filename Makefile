@@ -8,7 +8,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-slow lint bench setup clean
+.PHONY: train test test-slow lint results bench setup clean
 
 # Goes on with the run that is there, if there is one.
 train: $(READY)
@@ -24,6 +24,10 @@ lint: $(READY)
 	$(PY) -m flake8 pyro_scenes tests bin/*
 	$(PY) -m isort --check-only --diff pyro_scenes tests bin/*
 	$(PY) -m mypy
+
+# Goes on where it was interrupted.
+results: $(READY)
+	$(PY) bin/svi-eval --suite --readme README.md
 
 bench: $(READY)
 	$(PY) bin/svi-bench

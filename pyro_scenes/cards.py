@@ -5,7 +5,6 @@ Everything a card says is read from runs and measured here; nothing is typed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
@@ -98,17 +97,17 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
         runs = content["runs"]
         by_label = _by_label(runs)
         figures = next(iter(by_label.values()))
-        nll = _spread(figures, "nll", 1)
+        nll = spread(figures, "nll", 1)
         rows.append((
             f"[{content['name']}](pyro_scenes/checkpoints/{content['name']}.md)",
             str(len(runs)),
-            _spread(figures, "count_accuracy", 4),
-            _spread(by_label.get(CROWDED_LABEL, []), "count_accuracy", 4),
-            _spread(figures, "category_correspondence", 4),
+            spread(figures, "count_accuracy", 4),
+            spread(by_label.get(CROWDED_LABEL, []), "count_accuracy", 4),
+            spread(figures, "category_correspondence", 4),
             nll if nll == "-" else f"{nll} ({figures[0]['likelihood']})",
             f"{statistics.mean(run['training_seconds'] for run in runs) / 60:.0f}",
         ))
-    return "\n".join(_table(headings, rows))
+    return "\n".join(table_lines(headings, rows))
 
 
 def _by_label(runs: list[dict]) -> dict[str, list[dict]]:
@@ -116,7 +115,7 @@ def _by_label(runs: list[dict]) -> dict[str, list[dict]]:
     return {label: [run["figures"][label] for run in runs] for label in runs[0]["figures"]}
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
     return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
 
@@ -166,7 +165,7 @@ def _measure(
     mnist: Path | None,
 ) -> dict:
     """One seed's entry; kept beside the run, so that measuring many can be interrupted."""
-    weights = hashlib.sha256(trained.path.read_bytes()).hexdigest()[:12]
+    weights = checkpoint.digest(trained.path)
     kept = run / f"figures-{images}-{nll_images or images}x{particles}-{weights}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -220,13 +219,13 @@ def _card(content: dict) -> str:
             [str(run["seed"]), *(_number(row[key], digits) for _, key, digits in columns)]
             for run, row in zip(runs, figures, strict=True)
         ]
-        means = ["mean +- sd", *(_spread(figures, key, digits) for _, key, digits in columns)]
+        means = ["mean +- sd", *(spread(figures, key, digits) for _, key, digits in columns)]
         if label == own:
             headings.append("training, minutes")
             for run, cells in zip(runs, rows, strict=True):
                 cells.append(f"{run['training_seconds'] / 60:.1f}")
             means.append("")
-        lines += _table(headings, [*rows, means])
+        lines += table_lines(headings, [*rows, means])
     lines += ["", " ".join(note for key, note in NOTES.items() if key in used)]
     lines += ["", f"Trained on: {'; '.join(sorted({run['machine'] for run in runs}))}.", ""]
     return "\n".join(lines)
@@ -247,7 +246,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _spread(figures: list[dict], key: str, digits: int) -> str:
+def spread(figures: list[dict], key: str, digits: int) -> str:
     """Mean +- standard deviation over seeds."""
     values = [figure[key] for figure in figures if figure[key] is not None]
     if not values:

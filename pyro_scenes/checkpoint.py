@@ -6,6 +6,7 @@ at all, and read with ``weights_only=True``: a stranger's file cannot run code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,11 @@ def read(path: Path) -> dict:
     if content["format"] != FORMAT:
         raise UserError(f"{path} is of another format: {content['format']!r}, not {FORMAT!r}")
     return content
+
+
+def digest(path: Path) -> str:
+    """What tells a file from others: the beginning of its SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def shipped() -> dict[str, Path]:

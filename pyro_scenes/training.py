@@ -13,8 +13,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from pyro_scenes.evaluate import look
 from pyro_scenes.machine import described
 from pyro_scenes.objectives import OBJECTIVES, temporarily
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, fused=True), "adamax": torch.optim.Adamax
+}
 History = dict[str, tuple[list[int], list[float]]]  # name of a series -> its steps and values
 
 
@@ -46,9 +49,11 @@ def train(
     device: str = "auto",
     mnist: Path | None = None,
     progress: bool = True,
+    on_record: Callable[[Run, dict[str, float]], None] | None = None,
 ) -> History:
     """Train a model in the folder ``out``: checkpoint.pt, config.json and history.json.
 
+    :param on_record: is told what has just been added to the run's history.
     :raises UserError: for bad settings or data, a run that is there already without ``resume`` or
         ``force``, a resumed run with other settings, and a loss that is not finite.
     :raises KeyboardInterrupt: after the last step was saved.
@@ -58,6 +63,7 @@ def train(
     if kept is None and path.exists() and not force:
         raise UserError(f"{out} holds a run already: use --resume, --force or another --out")
     run = Run(config, device, mnist)
+    run.on_record = on_record
     if kept is not None:
         run.restore(kept)
     try:
@@ -103,6 +109,7 @@ class Run:
         self.seconds = 0.0
         self.machine = described(self.device)
         self.history: History = {}
+        self.on_record: Callable[[Run, dict[str, float]], None] | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
     def loop(self, out: Path, progress: bool = True) -> None:
@@ -185,6 +192,8 @@ class Run:
             steps, values = self.history.setdefault(name, ([], []))
             steps.append(self.step)
             values.append(float(value))
+        if self.on_record:
+            self.on_record(self, figures)
 
     def save(self, out: Path) -> None:
         training = {

@@ -118,8 +118,8 @@ def test_pictures_of_images_in_which_nothing_is_found(name: str) -> None:
 
 def test_models_without_objects_or_categories() -> None:
     vae = ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)
-    assert pictures.applying(vae) == ["samples"]
-    for name in sorted(NAMES - {"samples"}):
+    assert pictures.applying(vae) == ["inference", "samples"]
+    for name in sorted(NAMES - {"inference", "samples"}):
         with pytest.raises(UserError, match="ConvVAE is a model without objects"):
             pictures.PICTURES[name].draw(vae, images(2), None)
     for name in ("air", "lavae"):

@@ -28,13 +28,17 @@ from pyro_scenes.cli.options import (
 @click.option("--trust-pickled-labels", "trust", is_flag=True,
               help="Read that file's labels. Lists of digits are all that is read; a pickle that "
               "asks for anything else is refused.")
+@click.option("--entropy", is_flag=True,
+              help="Print the entropy of NAME's scenes in place of making any; --images are then "
+              "those of the Monte Carlo.")
+@click.option("--json", "figures", type=FILE, metavar="FILE", help="Write the entropy.")
 @click.option("--out", type=FILE, metavar="FILE", help="Default: NAME.npz.")
 @mnist_option
 @force_option
 @version_option
 def make_scenes(name: str | None, images: int, objects: tuple[int, int] | None, seed: int,
-                source: Path | None, trust: bool, out: Path | None, mnist: Path | None,
-                force: bool) -> None:
+                source: Path | None, trust: bool, entropy: bool, figures: Path | None,
+                out: Path | None, mnist: Path | None, force: bool) -> None:
     """Make an npz file of scenes with their truth.
 
     NAME is multi-dsprites, multi-mnist-1k, multi-mnist-10k, multi-sprites, multi-mnist or
@@ -47,12 +51,28 @@ def make_scenes(name: str | None, images: int, objects: tuple[int, int] | None, 
     if trust and not source:
         raise click.UsageError("--trust-pickled-labels goes with --from-pyro")
     given = click.get_current_context().get_parameter_source
-    for option in ("images", "objects", "seed", "mnist"):
+    for option in ("images", "objects", "seed", "mnist", "entropy"):
         if source and given(option) == click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{option} goes with a NAME")
+    if entropy and out:
+        raise click.UsageError("--entropy makes no scenes: --json takes what it finds, not --out")
+    if figures and not entropy:
+        raise click.UsageError("--json goes with --entropy")
     from pyro_scenes import report
-    from pyro_scenes.data import DATASETS, load_pyro_mnist, make, save_npz
+    from pyro_scenes.data import DATASETS, dataset, load_pyro_mnist, make, save_npz, scene_entropy
+    from pyro_scenes.data.files import write_json
 
+    if entropy:
+        assert name is not None
+        report.claim([figures], [], force)
+        spec = dataset(name)
+        found = scene_entropy(spec, objects, images=images, seed=seed, mnist=mnist)
+        low, high = objects or spec.objects
+        click.echo(report.entropy(f"{name}, {low} to {high} objects", found))
+        if figures:
+            asked = {"data": name, "objects": [low, high], "images": images, "seed": seed}
+            write_json(figures, asked | found)
+        return
     out = out or Path(f"{name}.npz")
     report.claim([out], [], force)
     if source:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +16,10 @@ from pyro_scenes.cli.options import (
     seed_option,
     version_option,
 )
+from pyro_scenes.errors import UserError
+
+if TYPE_CHECKING:
+    from pyro_scenes.training import Run
 
 
 @click.command("svi-train", cls=Command)
@@ -32,11 +38,14 @@ from pyro_scenes.cli.options import (
 @click.option("--out", type=FILE, metavar="DIR", help="Default: runs/MODEL-DATA-seedSEED.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
+@click.option("--tensorboard", is_flag=True,
+              help="Log the history, and a picture at each look, for TensorBoard too: in the "
+              "run's folder. Needs pyro_scenes[tensorboard].")
 @mnist_option
 @version_option
 def train(model: str, data: str, preset: str, steps: int | None, seed: int, device: str,
           settings: tuple[str, ...], out: Path | None, resume: bool, force: bool,
-          mnist: Path | None) -> None:
+          tensorboard: bool, mnist: Path | None) -> None:
     """Train a model and measure it on held-out scenes.
 
     The run's folder gets checkpoint.pt, config.json, history.json and inference.png.
@@ -48,9 +57,49 @@ def train(model: str, data: str, preset: str, steps: int | None, seed: int, devi
 
     config = make_config(model, data, preset, settings, steps, seed)
     out = out or Path("runs") / f"{model}-{Path(data).stem}-seed{seed}"
+    log = TensorBoard(out / "tensorboard") if tensorboard else None
     try:
-        training.train(config, out, resume=resume, force=force, device=device, mnist=mnist)
+        training.train(config, out, resume=resume, force=force, device=device, mnist=mnist,
+                       on_record=log)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Interrupted. The same command with --resume goes on with the run in {out}.")
+    finally:
+        if log:
+            log.close()
     click.echo(report.finish(config, out, device, mnist))
+
+
+class TensorBoard:
+    """Logs a run for TensorBoard: what goes into its history, and a picture at each look."""
+
+    def __init__(self, folder: Path) -> None:
+        """:raises UserError: if the package is missing, before anything is trained."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs a package that is not here:"
+                            " install pyro_scenes[tensorboard]") from None
+        self.folder, self.make = folder, SummaryWriter
+        self.writer: Any = None
+
+    def __call__(self, run: Run, figures: dict[str, float]) -> None:
+        if self.writer is None:
+            self.writer = self._open(run)
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, run.step)
+        if not run.model.training:
+            from pyro_scenes import pictures, plots
+
+            images = run.held_out.batch(slice(0, pictures.IMAGES))
+            drawn = plots.pixels(pictures.inference(run.model, images, math.inf))
+            self.writer.add_image("inference", drawn, run.step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _open(self, run: Run) -> Any:
+        """A writer that goes on where the run does: what was logged of later steps is dropped."""
+        begun = min(step for steps, _ in run.history.values() for step in steps)
+        return self.make(self.folder, purge_step=run.step if begun < run.step else 0)

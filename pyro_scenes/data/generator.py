@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pyro_scenes.data.placing import Draws, place
-from pyro_scenes.data.scene_data import SceneData
+from pyro_scenes.data.scene_data import Origin, SceneData
 from pyro_scenes.errors import UserError
 
 # Scenes made from one seed. Part of what defines the data: another value gives other images.
@@ -76,17 +76,22 @@ class DatasetSpec:
     objects: tuple[int, int] = (0, 3)  # fewest and most
     sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 190_000, "test": 10_000})
 
+    def objects_range(self, objects: tuple[int, int] | None) -> tuple[int, int]:
+        """The fewest and the most objects: those asked for, or the data set's own for None."""
+        low, high = self.objects if objects is None else objects
+        if not 0 <= low <= high <= MOST_OBJECTS:
+            raise UserError(f"objects {low}-{high}: give the fewest and the most objects a scene, "
+                            f"within 0-{MOST_OBJECTS}")
+        return low, high
+
     def generate(
         self, images: int, *, objects: tuple[int, int] | None = None, seed: int = 0,
         stream: str = "test", mnist: Path | None = None, segmentation: bool = True,
     ) -> SceneData:
         """Make `images` scenes; see `registry.make`."""
-        low, high = self.objects if objects is None else objects
+        low, high = self.objects_range(objects)
         if images < 1:
             raise UserError(f"{images} images asked for; ask for at least 1")
-        if not 0 <= low <= high <= MOST_OBJECTS:
-            raise UserError(f"objects {low}-{high}: give the fewest and the most objects a scene, "
-                            f"within 0-{MOST_OBJECTS}")
         if stream not in STREAMS:
             raise UserError(f"unknown stream {stream!r}; one of {', '.join(STREAMS)}")
         if not 0 <= seed < 2**64:
@@ -102,23 +107,26 @@ class DatasetSpec:
         known = {name: made.pop(name, None)
                  for name in ("counts", "categories", "boxes", "segmentation")}
         return SceneData(self.name, self.shape, made.pop("pixels"), attributes=made,
-                         class_names=self.class_names, **known)
+                         class_names=self.class_names,
+                         origin=Origin(self.name, (low, high), mnist), **known)
 
 
-def sprite_scenes(
-    pool: Callable[[Path | None], Sprites], shape: tuple[int, int, int]
-) -> Maker:
+@dataclass(frozen=True)
+class SpriteScenes:
     """Scenes of binary sprites from a pool, which overlap nothing.
 
     With 3 channels each object also has a colour: `colour` 1..7, whose bits 0, 1 and 2 are red,
     green and blue.
     """
-    height, width, channels = shape
 
-    def scenes(
-        draws: Draws, low: int, high: int, mnist: Path | None, segmentation: bool
+    pool: Callable[[Path | None], Sprites]
+    shape: tuple[int, int, int]  # H, W, C
+
+    def __call__(
+        self, draws: Draws, low: int, high: int, mnist: Path | None, segmentation: bool
     ) -> dict[str, np.ndarray]:
-        sprites = pool(mnist)
+        height, width, channels = self.shape
+        sprites = self.pool(mnist)
         counts = low + draws.below(high - low + 1, CHUNK)
         colour = 1 + draws.below(2**channels - 1, (CHUNK, high))
         chosen, centres = place(draws, sprites.room, counts, high, height, width)
@@ -144,8 +152,6 @@ def sprite_scenes(
         if channels > 1:
             made["colour"] = np.where(present, colour, -1)
         return made
-
-    return scenes
 
 
 def render(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyro_scenes.data.generator import DatasetSpec, Sprites, sprite_scenes
+from pyro_scenes.data.generator import DatasetSpec, Sprites, SpriteScenes
 
 CELL = 19  # pixels: the largest sprite's width and height
 SHAPES = ("square", "ellipse", "triangle")
@@ -44,4 +44,4 @@ def outline_distance(shape: np.ndarray, scale: np.ndarray, angle: np.ndarray) ->
 
 
 SIZE = (64, 64, 3)
-SPEC = DatasetSpec("multi-dsprites", SIZE, SHAPES, sprite_scenes(sprites, SIZE))
+SPEC = DatasetSpec("multi-dsprites", SIZE, SHAPES, SpriteScenes(sprites, SIZE))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyro_scenes.data.generator import CHUNK, DatasetSpec, Maker, Sprites, sprite_scenes
+from pyro_scenes.data.generator import CHUNK, DatasetSpec, Maker, Sprites, SpriteScenes
 from pyro_scenes.data.grey import GreyCanvas, until_clear
 from pyro_scenes.data.mnist import read_mnist
 from pyro_scenes.data.placing import Draws
@@ -47,7 +47,7 @@ def sprites(mnist: Path | None, pool: int) -> Sprites:
 DIGITS = tuple("0123456789")
 SIZE = (64, 64, 1)
 SPEC_1K, SPEC_10K = (
-    DatasetSpec(name, SIZE, DIGITS, sprite_scenes(partial(sprites, pool=pool), SIZE))
+    DatasetSpec(name, SIZE, DIGITS, SpriteScenes(partial(sprites, pool=pool), SIZE))
     for name, pool in (("multi-mnist-1k", 1_000), ("multi-mnist-10k", 10_000))
 )
 

@@ -19,6 +19,13 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
+def dataset(name: str) -> DatasetSpec:
+    """A data set by name. Raises UserError for an unknown one."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
 def make(
     name: str, images: int, *, objects: tuple[int, int] | None = None, seed: int = 0,
     stream: str = "test", mnist: str | Path | None = None, segmentation: bool = True,
@@ -37,9 +44,7 @@ def make(
     Raises:
         UserError: an unknown name or stream, a range that is empty or does not fit, no MNIST.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
-    return DATASETS[name].generate(
+    return dataset(name).generate(
         images, objects=objects, seed=seed, stream=stream, segmentation=segmentation,
         mnist=None if mnist is None else Path(mnist))
 

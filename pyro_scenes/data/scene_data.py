@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,15 @@ from pyro_scenes.errors import UserError
 Index = int | slice | np.ndarray
 # Images packed, unpacked or written at a time, so that no whole data set is ever held in bytes.
 BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What data were generated from: a data set, the range of objects, the folder with MNIST."""
+
+    name: str
+    objects: tuple[int, int]
+    mnist: Path | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +45,7 @@ class SceneData:
     | segmentation | uint8 (N, H, W) | 0 background, i + 1 for the object in slot i |
     | attributes | name -> (N, M) | generated data only, see the data set's file |
     | class_names | strings | empty when unknown |
+    | origin | Origin | generated data only |
     """
 
     name: str
@@ -46,6 +57,7 @@ class SceneData:
     segmentation: np.ndarray | None = None
     attributes: dict[str, np.ndarray] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     @classmethod
     def from_images(cls, name: str, images: np.ndarray, **truth: Any) -> SceneData:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_scenes import graph, plots
-from pyro_scenes.models import GenerativeModel
+from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.pictures.common import IMAGES, pick, rich, scenes_in
 
 TABLED = 4  # images in a picture of tables
@@ -26,9 +26,12 @@ ARROWS = "\u2192\u2198\u2193\u2199\u2190\u2196\u2191\u2197"
 def inference(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """Input, reconstruction, inferred locations and sprites of the first IMAGES images.
 
-    LAVAE's figures 1, 5 and 8; Discrete-AIR's figure 3.
+    LAVAE's figures 1, 5 and 8; Discrete-AIR's figure 3. Of a model without objects, the first two.
     """
     images = images[:IMAGES]
+    if not isinstance(model, SceneModel):
+        seen = images.to(next(model.parameters()).device)
+        return plots.inference_figure(images, model.reconstruct(seen))
     model, scene = scenes_in(model, images, limit)
     return plots.inference_figure(images, model.render(scene), scene, sprites=model.sprites(scene))
 

@@ -1,4 +1,4 @@
-"""Curves of a training."""
+"""Curves of a training, and of a bound as particles are added."""
 
 from __future__ import annotations
 
@@ -43,12 +43,52 @@ def training_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]
             raise ValueError(f"{name}: {x.shape} steps for {y.shape} values")
         axes = figure.add_subplot(down, across, i + 1)
         _draw_curve(axes, x, y)
-        axes.set_title(name, fontsize=FONT + 1, color=INK)
-        axes.set_xlabel("step", fontsize=FONT, color=INK)
-        axes.tick_params(which="both", labelsize=FONT - 1, colors=INK)
-        axes.grid(color="#e4e4e4", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        # As it is: a stranger's checkpoint may hold names that are no formulae.
+        axes.set_title(name, fontsize=FONT + 1, color=INK, parse_math=False)
+        _dress(axes, "step")
     return figure
+
+
+def bound_figure(curve: Sequence[Mapping[str, Any]], entropy: float | None = None) -> Figure:
+    """Plot the bound on -log p(x) against the number of particles, with its standard errors.
+
+    Args:
+        curve: "particles", "nll" and "nll_stderr" (None where unknown) of each point, in the order
+            of the particles; as `evaluate` has it under "curve".
+        entropy: of the data, nats per image: a line that no model goes below but by chance.
+
+    Raises:
+        ValueError: no point.
+    """
+    if not curve:
+        raise ValueError("a curve needs at least one point")
+    figure = Figure(figsize=(4.2, 3.0), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    particles = [point["particles"] for point in curve]
+    axes.errorbar(
+        particles, [point["nll"] for point in curve],
+        yerr=[point["nll_stderr"] or 0.0 for point in curve],
+        color=CURVE, linewidth=1.4, marker="o", markersize=3.5, capsize=3, elinewidth=0.9,
+        label="bound; bars are standard errors over images",
+    )
+    if entropy is not None:
+        axes.axhline(entropy, color=INK, linewidth=0.9, linestyle="--", label="entropy of the data")
+    axes.set_xscale("log")
+    axes.set_xticks(particles, [f"{number:,}" for number in particles])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside upper center", fontsize=FONT - 1, frameon=False, labelcolor=INK)
+    axes.set_ylabel("-log p(x) <=, nats per image", fontsize=FONT, color=INK)
+    _dress(axes, "particles")
+    return figure
+
+
+def _dress(axes: Axes, across: str) -> None:
+    axes.set_xlabel(across, fontsize=FONT, color=INK)
+    axes.tick_params(which="both", labelsize=FONT - 1, colors=INK)
+    axes.grid(color="#e4e4e4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_curve(axes: Axes, x: NDArray[Any], y: NDArray[Any]) -> None:

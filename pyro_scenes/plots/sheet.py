@@ -50,6 +50,13 @@ def save(figure: Figure, path: str | Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """What a figure looks like on screen, (rows, columns, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
 class Sheet:
     """A figure whose contents are placed in screen pixels, right and down from the top left."""
 

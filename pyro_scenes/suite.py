@@ -1,0 +1,258 @@
+"""The table of all models: every shipped checkpoint on every data set that it can read.
+
+A cell is one checkpoint on scenes of one kind. Its figures are a file of their own, so that a suite
+goes on where it was interrupted, and the page is made from these files, the cards and the papers'
+figures alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyro_scenes import cards, checkpoint
+from pyro_scenes.checkpoint import Checkpoint
+from pyro_scenes.data import DATASETS, load, make
+from pyro_scenes.data.files import write_json
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import evaluate
+from pyro_scenes.models import SceneModel
+from pyro_scenes.report import CROWDED_LABEL
+
+OBJECTS = (5, 7, 9, 12)  # of crowded scenes, where so many fit
+# What the papers report: Table 1 of LAVAE's, whose baseline is the convolutional VAE, and Table 1
+# of Discrete-AIR's, means over seeds.
+PAPERS: dict[tuple[str, str], dict[str, str]] = {
+    ("lavae", "multi-dsprites"): {"nll": "43.9 +- 1.0", "count": ">= 0.999"},
+    ("lavae", "multi-mnist-1k"): {"nll": "42.2 +- 1.1", "count": ">= 0.999"},
+    ("lavae", "multi-mnist-10k"): {"nll": "60.4 +- 2.8", "count": ">= 0.997"},
+    ("conv-vae", "multi-dsprites"): {"nll": "45.8 +- 0.7"},
+    ("conv-vae", "multi-mnist-1k"): {"nll": "51.6 +- 0.6"},
+    ("conv-vae", "multi-mnist-10k"): {"nll": "64.6 +- 0.8"},
+    ("discrete-air", "multi-sprites"): {"count": "0.985", "correspondence": "0.945"},
+    ("discrete-air", "multi-mnist"): {"count": "0.984", "correspondence": "0.871"},
+    ("air", "multi-sprites"): {"count": "0.981"},
+    ("air", "multi-mnist"): {"count": "0.985"},
+}
+CROWDED = tuple(f"{n} objects" for n in OBJECTS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One checkpoint on scenes of so many objects of one data set."""
+
+    checkpoint: str
+    data: str
+    objects: tuple[int, int]
+
+    def file(self, folder: Path) -> Path:
+        low, high = self.objects
+        return folder / self.checkpoint / f"{self.data}-{low}-{high}.json"
+
+
+def cells(trained: Checkpoint, name: str, mnist: Path | None) -> Iterator[Cell]:
+    """What a checkpoint can be measured on: sets of images that it reads, then crowded scenes.
+
+    :raises UserError: if MNIST cannot be had.
+    """
+    model = trained.model
+    for data, spec in DATASETS.items():
+        try:
+            model.check(make(data, 1, mnist=mnist, segmentation=False).batch())
+        except UserError:
+            # MNIST that is missing is not a set that the model does not read.
+            make(data, 1, mnist=mnist, segmentation=False)
+            continue
+        yield Cell(name, data, spec.objects)
+        # A model that finds no more objects than its data's scenes have is not asked for more.
+        for count in OBJECTS if isinstance(model, SceneModel) and model.most >= OBJECTS[0] else ():
+            try:
+                make(data, 1, objects=(count, count), mnist=mnist, segmentation=False)
+            except UserError:
+                break  # so many do not fit
+            yield Cell(name, data, (count, count))
+
+
+def run(
+    folder: Path,
+    names: Iterable[str],
+    *,
+    images: int = 1000,
+    nll_images: int = 1000,
+    particles: int = 100,
+    mnist: Path | None = None,
+    device: str = "auto",
+) -> Iterator[str]:
+    """Measure the cells that are not in the folder yet; yields a line a cell.
+
+    Likelihoods are of scenes with a data set's own counts: no prior was fitted to crowded ones.
+    Files of checkpoints that were shipped anew since are measured again.
+
+    :param names: of shipped checkpoints. :param images: test scenes of a cell.
+    """
+    for name in names:
+        trained = checkpoint.load(name, device)
+        for cell in cells(trained, name, mnist):
+            file = cell.file(folder)
+            asked = {
+                "weights": checkpoint.digest(trained.path),
+                "asked": [images, nll_images, particles],
+            }
+            kept = json.loads(file.read_text()) if file.exists() else {}
+            if {key: kept.get(key) for key in asked} == asked:
+                continue
+            figures = asked | _measure(trained, cell, images, nll_images, particles, mnist)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, figures)
+            yield f"{file}: {figures.get('error') or figures['count_accuracy']}"
+
+
+def _measure(
+    trained: Checkpoint, cell: Cell, images: int, nll_images: int, particles: int,
+    mnist: Path | None,
+) -> dict:
+    own = cell.objects == DATASETS[cell.data].objects
+    try:
+        data = load(cell.data, images=images, objects=cell.objects, mnist=mnist)
+        start = time.perf_counter()
+        figures = evaluate(trained.model, data, particles=0, limit=math.inf)
+        if isinstance(trained.model, SceneModel):
+            figures["seconds_per_1000"] = 1000 * (time.perf_counter() - start) / images
+        if own:
+            scored = evaluate(trained.model, data[:nll_images], particles=particles, limit=math.inf)
+            wanted = ("particles", "nll", "nll_stderr", "nll_images", "curve", "ess", "split",
+                      "entropy")
+            figures |= {key: scored[key] for key in wanted}
+    except UserError as error:
+        return {"error": str(error)}
+    return figures
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def head(folder: Path) -> str:
+    """The checkpoints on test scenes of their own data, beside the papers: a Markdown table."""
+    headings = (
+        "data", "model", "seeds", "-log p(x) <=", "paper", "entropy", "count right", "paper",
+        CROWDED_LABEL, "correspondence", "paper", "ARI", "s / 1,000 images",
+    )
+    rows = []
+    for name, content in _contents().items():
+        settings, runs = content["settings"], content["runs"]
+        data, model = settings["data"], settings["model"]
+        figures = [next(iter(run["figures"].values())) for run in runs]
+        crowded = [run["figures"][CROWDED_LABEL] for run in runs if CROWDED_LABEL in run["figures"]]
+        paper = PAPERS.get((model, data), {})
+        measured = _read(Cell(name, data, DATASETS[data].objects).file(folder))
+        rows.append((
+            data, f"[{model}](pyro_scenes/checkpoints/{name}.md)", str(len(runs)),
+            _nll(figures), paper.get("nll", "-"), _entropy(measured),
+            cards.spread(figures, "count_accuracy", 4), paper.get("count", "-"),
+            cards.spread(crowded, "count_accuracy", 4),
+            cards.spread(figures, "category_correspondence", 4), paper.get("correspondence", "-"),
+            cards.spread(figures, "ari", 3), _number(measured, "seconds_per_1000", 1),
+        ))
+    return "\n".join(cards.table_lines(headings, sorted(rows)))
+
+
+def page(folder: Path) -> str:
+    """RESULTS.md: the head, then for each data set what every checkpoint makes of it."""
+    lines = [
+        "# Results", "",
+        "Written by `bin/svi-eval --suite`; every figure is measured on held-out scenes. In this"
+        " table figures are means over the seeds that the cards list, with their standard"
+        " deviations. -log p(x) is an importance-weighted bound in nats an image, under the"
+        " likelihood beside it: those of different names do not compare. The entropy of the data"
+        " is its limit. ARI is of the foreground. Seconds are of counts, places, categories and"
+        " segmentations on the machine that ran the suite.", "",
+        head(folder),
+    ]
+    headings = (
+        "checkpoint", "-log p(x) <=", "entropy", "count right", *CROWDED, "correspondence",
+        "purity", "ARI", "s / 1,000 images",
+    )
+    for data, spec in DATASETS.items():
+        rows = []
+        for name, content in _contents().items():
+            own = _read(Cell(name, data, spec.objects).file(folder))
+            if not own:
+                continue
+            trained_on = content["settings"]["data"]
+            label = name if trained_on == data else f"{name} (trained on {trained_on})"
+            if "error" in own:
+                rows.append((label, own["error"], *["-"] * (len(headings) - 2)))
+                continue
+            crowded = [_read(Cell(name, data, (n, n)).file(folder)) for n in OBJECTS]
+            rows.append((
+                label, _bound(own), _entropy(own), _number(own, "count_accuracy", 4),
+                *(_number(cell, "count_accuracy", 4) for cell in crowded),
+                *(_number(own, key, 4) for key in ("category_correspondence", "purity")),
+                _number(own, "ari", 3), _number(own, "seconds_per_1000", 1),
+            ))
+        if rows:
+            lines += ["", f"## {data}", "", _asked(folder, data), ""]
+            lines += cards.table_lines(headings, rows)
+    lines += ["", "## Where the nats go", "", "Parts of the bound of one sample, in nats an image,"
+              " and how many samples of the importance weights count.", ""]
+    rows = []
+    for name, content in _contents().items():
+        data = content["settings"]["data"]
+        own = _read(Cell(name, data, DATASETS[data].objects).file(folder))
+        if own.get("split"):
+            parts = " + ".join(f"{part} {value:.1f}" for part, value in own["split"].items())
+            curve = ", ".join(f"{point['nll']:.1f}" for point in own["curve"])
+            sizes = ", ".join(f"{point['particles']:,}" for point in own["curve"])
+            rows.append((name, parts, f"{curve} (K = {sizes})", _number(own["ess"], "mean", 1)))
+    lines += cards.table_lines(("checkpoint", "parts", "bound by samples", "samples that count"),
+                               rows)
+    return "\n".join(lines) + "\n"
+
+
+def _contents() -> dict[str, dict]:
+    """What the cards of all shipped checkpoints were made from, by name."""
+    return {
+        name: json.loads(path.with_suffix(".json").read_text())
+        for name, path in checkpoint.shipped().items()
+    }
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _asked(folder: Path, data: str) -> str:
+    """How much was measured, of the last cell; all cells of a suite are alike."""
+    low, high = DATASETS[data].objects
+    files = sorted(folder.glob(f"*/{data}-{low}-{high}.json"))
+    images, nll_images, particles = _read(files[-1])["asked"]
+    return (
+        f"{images:,} scenes of {low} to {high} objects, and as many of each crowded kind; -log p(x)"
+        f" of {nll_images:,} with {particles:,} importance samples; the shipped weights."
+    )
+
+
+def _nll(figures: list[dict]) -> str:
+    mean = cards.spread(figures, "nll", 1)
+    return mean if mean == "-" else f"{mean} ({figures[0]['likelihood']})"
+
+
+def _bound(figures: dict) -> str:
+    """A bound with its standard error over images."""
+    if figures["nll"] is None:
+        return "-"
+    return f"{figures['nll']:.1f} +- {figures['nll_stderr']:.1f} ({figures['likelihood']})"
+
+
+def _entropy(figures: dict) -> str:
+    entropy = figures.get("entropy")
+    return f"{entropy['total']:.1f}" if entropy else "-"
+
+
+def _number(figures: dict, key: str, digits: int) -> str:
+    value = figures.get(key)
+    return "-" if value is None else f"{value:.{digits}f}"
