@@ -8,7 +8,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-slow lint results bench setup clean
+.PHONY: train test test-slow lint results notebooks bench setup clean
 
 # Goes on with the run that is there, if there is one.
 train: $(READY)
@@ -28,6 +28,10 @@ lint: $(READY)
 # Goes on where it was interrupted.
 results: $(READY)
 	$(PY) bin/svi-eval --suite --readme README.md
+
+# Runs all and keeps their outputs. Two of them need MNIST, see the README.
+notebooks: $(READY)
+	$(PY) notebooks/execute.py notebooks/*.ipynb
 
 bench: $(READY)
 	$(PY) bin/svi-bench

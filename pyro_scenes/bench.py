@@ -13,7 +13,7 @@ median with the least and the most. Compared are
 - if asked for, Pyro's own AIR beside ours, both presets, see `pyro_air.py`.
 
 Besides: images generated a second, particles times images a second of the importance-weighted
-bound (`evaluate.iwae`), and the most memory that the process ever held.
+bound (`bounds.iwae`), and the most memory that the process ever held.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scenes import checkpoint, plain, pyro_air
+from pyro_scenes.bounds import iwae
 from pyro_scenes.config import make_config
 from pyro_scenes.data import SceneData, make
-from pyro_scenes.evaluate import iwae
 from pyro_scenes.machine import machine
 from pyro_scenes.models.lavae import LAVAE
 from pyro_scenes.objectives.base import temporarily

@@ -50,6 +50,17 @@ TRAINING = {
     },
     "discrete-air": {"fast": TrainConfig(steps=1500), "paper": AIR_PAPER},
     "air": {"fast": TrainConfig(steps=2000), "paper": AIR_PAPER},
+    "conv-vae": {
+        "fast": TrainConfig(steps=10_000),
+        "paper": TrainConfig(  # as LAVAE's, but for the steps after beta has risen
+            steps=200_000,
+            optimizer="adamax",
+            beta2=0.999,
+            clip=0.0,
+            precision="float32",
+            eval_every=1000,
+        ),
+    },
 }
 
 
@@ -64,7 +75,8 @@ LEAST = {
     **dict.fromkeys(("window", "glimpse"), 8),
     **dict.fromkeys(("blur", "shut"), 0.1),
     **dict.fromkeys(("sigma", "scale_least", "angle_deviation", "more"), 1e-3),
-    "location_width": 2,
+    **dict.fromkeys(("grid_latent", "grid_stages"), 1),
+    **dict.fromkeys(("location_width", "grid_width"), 2),
     **dict.fromkeys(("temperature", "temperature_end", "logit_scale"), 1e-6),
     **dict.fromkeys(("floor", "likelihood_floor"), 1e-7),
 }

@@ -1,78 +1,28 @@
-"""Held-out figures: importance-weighted likelihood bounds, counts, segmentations."""
+"""Held-out figures: likelihood bounds, counts, categories, segmentations."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_scenes import metrics
-from pyro_scenes.data import SceneData
+from pyro_scenes import bounds, metrics
+from pyro_scenes.data import SceneData, entropy_of
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
 BATCH = 256  # images inferred at a time
+# What an object must add to a pixel to be its owner, of 1. Little: the index asks whose a pixel of
+# the foreground is, and thin strokes that a model is not sure of have low means.
+FAINT = 0.02
 # Objects in test scenes with more than any training scene has: the paper's test of generalisation.
 CROWDED = (7, 7)
-
-
-@torch.no_grad()
-def log_weights(model: GenerativeModel, x: Tensor, particles: int, chunk: int = 1000) -> Tensor:
-    """log p(x, z_k) - log q(z_k | x), nats, (K, B), with exact discrete masses on both sides.
-
-    :param x: (B, C, H, W). :param chunk: most particles times images at a time.
-    """
-    step = max(1, chunk // max(1, len(x)))
-    parts = [
-        _log_weights(model, x, min(step, particles - start))
-        for start in range(0, particles, step)
-    ]
-    return torch.cat(parts)
-
-
-def _log_weights(model: GenerativeModel, x: Tensor, particles: int) -> Tensor:
-    with pyro.plate("particles", particles, dim=-2):
-        guide = poutine.trace(model.guide).get_trace(x)
-        joint = poutine.trace(poutine.replay(model.model, trace=guide)).get_trace(x)
-    guide.compute_log_prob()
-    joint.compute_log_prob()
-    total = x.new_zeros(particles, len(x))
-    for trace, sign in ((joint, 1.0), (guide, -1.0)):
-        for site in trace.nodes.values():
-            if site["type"] == "sample" and not site_is_subsample(site):
-                total = total + sign * site["log_prob"]
-    return total
-
-
-def iwae(model: GenerativeModel, x: Tensor, particles: int, chunk: int = 1000) -> Tensor:
-    """The importance-weighted bound on log p(x), nats per image, (B,) (Burda et al. 2016)."""
-    weights = log_weights(model, x, particles, chunk)
-    return weights.logsumexp(0) - math.log(particles)
-
-
-def likelihoods(
-    model: GenerativeModel,
-    data: SceneData,
-    particles: int,
-    chunk: int = 1000,
-    progress: bool = False,
-) -> Tensor:
-    """The bound of every image, nats, (N,)."""
-    device = next(model.parameters()).device
-    size = max(1, chunk // particles)
-    bounds = []
-    with tqdm(total=len(data), desc="likelihood", unit="image", disable=not progress) as bar:
-        for start in range(0, len(data), size):
-            x = data.batch(slice(start, start + size)).to(device)
-            bounds.append(iwae(model, x, particles, chunk).cpu())
-            bar.update(len(x))
-    return torch.cat(bounds)
+# Nats that stand for an infinite number of them: what an image costs whose count cannot be.
+IMPOSSIBLE = 1e20
 
 
 def infer(
@@ -83,7 +33,7 @@ def infer(
     scenes, segmentations = [], []
     for start in range(0, len(data), BATCH):
         scene = model.infer(data.batch(slice(start, start + BATCH)).to(device), limit)
-        segmentations.append(model.segment(scene).to(torch.uint8).cpu())
+        segmentations.append(model.segment(scene, FAINT).to(torch.uint8).cpu())
         scenes.append(scene.to("cpu"))
     return Scene.concatenate(scenes), torch.cat(segmentations)
 
@@ -96,21 +46,31 @@ def evaluate(
     images: int | None = None,
     nll_images: int | None = None,
     seed: int = 0,
-    chunk: int = 1000,
+    chunk: int | None = None,
     limit: float | None = None,
+    priors: Sequence[str] = (),
     progress: bool = True,
 ) -> dict:
     """Figures of a model on held-out images, ready for JSON; None where one does not apply.
 
     nll is the mean of -log p(x) by the bound, in nats per image, over the first nll_images, under
-    the likelihood that stands beside it; a Bernoulli one needs binary images. Accuracies are
-    fractions; ari is the mean over images with objects. category_correspondence is the paper's,
-    without places; placed_correspondence and purity match objects by place first (see `metrics`);
-    classes is the number of categories in use.
+    the likelihood that stands beside it; a Bernoulli one needs binary images. curve has the same at
+    K = 1, 10, 100 ... particles, from the samples of one pass; ess the effective sample size of all
+    particles, from 1 to their number: its mean and median over images, and what a tenth of them do
+    not exceed; split the parts of nll at K = 1 (see `bounds`). entropy is the limit of nll and its
+    parts, for generated binary images (see `data.entropy`). Accuracies are fractions; ari is the
+    mean over images with objects. category_correspondence is the paper's, without places;
+    placed_correspondence and purity match objects by place first (see `metrics`); classes is the
+    number of categories in use.
+
+    Under a prior that is swapped in, an image may have a count without mass: impossible has the
+    number of such images, by all particles, and what is then infinite is None.
 
     :param particles: importance samples an image; 0 to leave the likelihood out.
     :param images: only the first so many. :param nll_images: of those, the likelihood of so many.
+    :param chunk: particles times images at a time; by default what suits the device.
     :param limit: most objects in an image.
+    :param priors: what is swapped into the model, in words, for the result to say so.
     :raises UserError: if the images do not suit the model, or one shows too many objects.
     """
     start = time.perf_counter()
@@ -122,9 +82,15 @@ def evaluate(
         "images": len(data),
         "particles": particles,
         "likelihood": model.likelihood.name,
+        "priors": list(priors),
         "nll": None,
         "nll_stderr": None,
         "nll_images": None,
+        "impossible": None,
+        "curve": None,
+        "ess": None,
+        "split": None,
+        "entropy": None,
         "count_accuracy": None,
         "count_confusion": None,
         "category_correspondence": None,
@@ -136,15 +102,43 @@ def evaluate(
     }
     if isinstance(model, SceneModel):
         result |= _scene_figures(model, data, limit)
-    if particles and (data.binary or not model.likelihood.binary):
+    if particles and bounds.applies(model, data):
         with torch.random.fork_rng(), pyro.validation_enabled(False):
             torch.manual_seed(seed)
-            nll = -likelihoods(model, data[:nll_images], particles, chunk, progress).double()
-        result |= {"nll": float(nll.mean()), "nll_images": len(nll)}
-        if len(nll) > 1:
-            result["nll_stderr"] = float(nll.std() / math.sqrt(len(nll)))
+            found = bounds.measure(model, data[:nll_images], particles, chunk, progress)
+        result |= _likelihood_figures(found)
     result["seconds"] = round(time.perf_counter() - start, 3)
+    if result["nll"] is not None and model.likelihood.binary:  # else a density, without that limit
+        result["entropy"] = entropy_of(data)
     return result
+
+
+def _likelihood_figures(found: bounds.Estimate) -> dict:
+    images = found.bounds.shape[1]
+    nats = found.bounds.masked_fill(found.bounds < -IMPOSSIBLE, -math.inf)
+    curve = [
+        {
+            "particles": size,
+            "nll": _finite(-bound.mean()),
+            "nll_stderr": _finite(bound.std() / math.sqrt(images)) if images > 1 else None,
+        }
+        for size, bound in zip(found.particles, nats, strict=True)
+    ]
+    median, decile = found.effective.quantile(found.effective.new_tensor([0.5, 0.1])).tolist()
+    return {
+        "nll": curve[-1]["nll"],
+        "nll_stderr": curve[-1]["nll_stderr"],
+        "nll_images": images,
+        "impossible": int(nats[-1].isinf().sum()),
+        "curve": curve,
+        "ess": {"mean": float(found.effective.mean()), "median": median, "decile": decile},
+        "split": {name: _finite(part.mean()) for name, part in found.split.items()},
+    }
+
+
+def _finite(value: Tensor) -> float | None:
+    """None of what is infinite, or the spread of that: JSON has no infinity."""
+    return float(value) if value.abs() < IMPOSSIBLE else None
 
 
 def _scene_figures(model: SceneModel, data: SceneData, limit: float | None) -> dict:
@@ -175,7 +169,7 @@ def look(model: GenerativeModel, data: SceneData) -> dict[str, float]:
     """A quick look during training: the one-sample bound, nats, and the count accuracy."""
     with torch.random.fork_rng(), pyro.validation_enabled(False):
         torch.manual_seed(0)
-        figures = {"held-out -ELBO": -float(likelihoods(model, data, 1, BATCH).mean())}
+        figures = {"held-out -ELBO": -float(bounds.measure(model, data, 1, BATCH).bounds.mean())}
     if isinstance(model, SceneModel) and data.counts is not None:
         counts = infer(model, data, math.inf)[0].counts.numpy()
         figures["count accuracy"] = float(metrics.count_correct(counts, data.counts).mean())

@@ -86,6 +86,43 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
         cells = [write(row) for row in figures.values()]
         if any(cell != "-" for cell in cells):
             columns[heading] = cells
+    return _aligned(columns)
+
+
+def likelihood(row: dict[str, Any]) -> str:
+    """What `evaluate` found about a likelihood beside its bound, to print below the table.
+
+    The bound by particles, how many of these count, and the parts of the bound of one.
+    """
+    ess, split = row["ess"], row["split"]
+    curve = {
+        "particles": [f"{point['particles']:,}" for point in row["curve"]],
+        "-log p(x) <= (nats)": [_with_error(point) for point in row["curve"]],
+    }
+    # None stands for infinity, see `evaluate`.
+    split = {name: math.inf if part is None else part for name, part in split.items()}
+    parts = " + ".join(f"{name} {part:.2f}" for name, part in split.items())
+    lines = [
+        _aligned(curve),
+        "",
+        f"particles that count, of {row['particles']:,}: {ess['mean']:.1f} on average,"
+        f" {ess['median']:.1f} in the median image, at most {ess['decile']:.1f} in one of ten",
+        f"parts at 1 particle (nats): {parts} = {sum(split.values()):.2f}",
+    ]
+    if row["entropy"]:
+        of_data = " + ".join(f"{name} {row['entropy'][name]:.2f}" for name in ENTROPY_PARTS)
+        lines.append(f"entropy of the data (nats): {of_data} = {_entropy(row)}")
+    return "\n".join(lines)
+
+
+def entropy(label: str, figures: dict[str, float]) -> str:
+    """What `scene_entropy` found, as a table."""
+    parts = {name: [f"{figures[name]:.2f}"] for name in ENTROPY_PARTS}
+    return _aligned({"": [label], **parts, ENTROPY: [_entropy({"entropy": figures})]})
+
+
+def _aligned(columns: dict[str, list[str]]) -> str:
+    """Cells under their headings."""
     aligned = []
     for heading, cells in columns.items():
         width = max(map(len, (heading, *cells)))
@@ -95,20 +132,35 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 
 def _nll(row: dict[str, Any]) -> str:
     """With its likelihood, and how many images it is of if not of all."""
-    if row["nll"] is None:
+    if row["nll_images"] is None:
         return "-"
-    error = "" if row["nll_stderr"] is None else f" +- {row['nll_stderr']:.2f}"
     few = "" if row["nll_images"] == row["images"] else f"; {row['nll_images']:,} images"
-    return f"{row['nll']:.2f}{error} ({row['likelihood']}{few})"
+    if row["impossible"]:
+        few += f"; {row['impossible']:,} of counts that the prior gives no mass"
+    return f"{_with_error(row)} ({row['likelihood']}{few})"
+
+
+def _entropy(row: dict[str, Any]) -> str:
+    figures = row["entropy"]
+    return f"{figures['total']:.2f} +- {figures['stderr']:.2f}" if figures else "-"
+
+
+def _with_error(row: dict[str, Any]) -> str:
+    error = "" if row["nll_stderr"] is None else f" +- {row['nll_stderr']:.2f}"
+    return f"{math.inf if row['nll'] is None else row['nll']:.2f}{error}"
 
 
 def _written(key: str, form: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: "-" if row[key] is None else form.format(row[key])
 
 
+ENTROPY = "entropy (nats)"
+ENTROPY_PARTS = ("count", "places", "appearances")
 COLUMNS = {
+    "priors": lambda row: ", ".join(row["priors"]) or "-",
     "count right": _written("count_accuracy", "{:.2%}"),
     "-log p(x) <= (nats)": _nll,
+    ENTROPY: _entropy,
     "categories right": _written("category_correspondence", "{:.2%}"),
     "classes": _written("classes", "{}"),
     "right in place": _written("placed_correspondence", "{:.2%}"),
@@ -123,13 +175,14 @@ def insert(page: Path, command: str, text: str) -> None:
     Raises:
         UserError: the page lacks the marks.
     """
-    begin, end = f"<!-- {command} --readme -->\n", f"\n<!-- end of {command} -->"
+    begin, end = f"<!-- {command} --readme -->\n", f"<!-- end of {command} -->"
     content = page.read_text() if page.is_file() else ""
-    if begin not in content or end not in content:
-        raise UserError(f"{page} has no lines {begin.strip()} and {end.strip()}")
-    before, _, rest = content.partition(begin)
+    before, begun, rest = content.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise UserError(f"{page} has no lines {begin.strip()} and {end}")
     with atomic_write(page) as file:
-        file.write((before + begin + text + end + rest.partition(end)[2]).encode())
+        file.write(f"{before}{begin}{text}\n{end}{after}".encode())
 
 
 def held_out(

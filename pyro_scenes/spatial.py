@@ -179,13 +179,17 @@ def windows(places: Tensor, side: int, width: int) -> Tensor:
 
     :param places: (..., D) one-hot. :param side: odd, pixels. :return: (..., D) float of 0 and 1.
     """
-    place = places.argmax(-1)
-    columns = torch.arange(width, device=places.device)
-    rows = torch.arange(places.shape[-1] // width, device=places.device)
-    near_row = (rows - (place // width)[..., None]).abs() <= side // 2  # (..., H)
-    near_column = (columns - (place % width)[..., None]).abs() <= side // 2  # (..., W)
-    near = near_row.unsqueeze(-1) & near_column.unsqueeze(-2)  # (..., H, W)
-    return near.flatten(-2).to(places.dtype)
+    size = places.shape[-1] // width, width
+    return window_masks(places.argmax(-1), side, size).to(places.dtype)
+
+
+def window_masks(place: Tensor, side: int, size: tuple[int, int]) -> Tensor:
+    """The same of places (...) long on a canvas of size (H, W): (..., H * W)."""
+    rows, columns = (torch.arange(length, device=place.device) for length in size)
+    near_row = (rows - (place // size[1])[..., None]).abs() <= side // 2  # (..., H)
+    near_column = (columns - (place % size[1])[..., None]).abs() <= side // 2  # (..., W)
+    # A product of floats is quicker than an and of booleans.
+    return (near_row.float().unsqueeze(-1) * near_column.float().unsqueeze(-2)).flatten(-2)
 
 
 def find_peaks(heights: Tensor, threshold: float, side: int) -> Tensor:

@@ -224,8 +224,9 @@ class Run:
 def _resumable(path: Path, config: RunConfig) -> dict:
     """The content of a checkpoint. :raises UserError: if no run of ``config`` goes on from it."""
     content = checkpoint.read(path)
-    kept = _flat(json.loads(content["config"]))
-    now = _flat(json.loads(json.dumps(config.to_dict())))
+    # Settings that came after the run have the values that did what it did.
+    kept = _flat(RunConfig.from_dict(json.loads(content["config"])).to_dict())
+    now = _flat(config.to_dict())
     changed = sorted({name for name, _ in kept.items() ^ now.items()})
     if changed:
         raise UserError(

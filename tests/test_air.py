@@ -16,9 +16,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_scenes.affine import to_window, warp
+from pyro_scenes.bounds import iwae, log_weights
 from pyro_scenes.config import make_config
 from pyro_scenes.errors import UserError
-from pyro_scenes.bounds import iwae, log_weights
 from pyro_scenes.models.air import AIR, LARGEST, SMALLEST, AIRConfig
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.models.discrete_air import DiscreteAIR, DiscreteAIRConfig

@@ -98,11 +98,12 @@ def test_weights_without_their_training_cannot_ship(runs: list[Path], tmp_path: 
 def test_the_table_goes_between_its_marks(monkeypatch, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     marks = "<!-- svi-ship --readme -->\n{}\n<!-- end of svi-ship -->"
-    page.write_text(f"before\n{marks.format('old')}\nafter\n")
     monkeypatch.setattr(cards, "table", lambda: "new")
-    result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
-    assert result.exit_code == 0
-    assert page.read_text() == f"before\n{marks.format('new')}\nafter\n"
+    for old in (marks.format("old"), marks.format("").replace("\n\n", "\n")):
+        page.write_text(f"before\n{old}\nafter\n")
+        result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
+        assert result.exit_code == 0
+        assert page.read_text() == f"before\n{marks.format('new')}\nafter\n"
     page.write_text("no marks")
     result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
     assert result.exit_code == 2 and result.output.startswith("Error: ")

@@ -9,9 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_scenes.bounds import log_weights
 from pyro_scenes.distributions import one_hot
 from pyro_scenes.errors import UserError
-from pyro_scenes.evaluate import log_weights
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
 from pyro_scenes.scene import Scene
 from pyro_scenes.spatial import crops, place_sprites

@@ -16,7 +16,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_scenes import evaluate
+from pyro_scenes import bounds, evaluate
 from pyro_scenes.data import SceneData
 from pyro_scenes.errors import UserError
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
@@ -77,6 +77,14 @@ TABLE = {
         lambda: LAVAE(PAPER, SHAPE), guide_of_two, {"temperature": 0.5},
         {"location_net.head.bias": "a softmax does not see a constant"},
     ),
+    "lavae, a flow for a prior": Row(
+        lambda: LAVAE(replace(FAST, appearance_prior="flow:2"), SHAPE), guide_of_two,
+        {"temperature": 0.5},
+    ),
+    "lavae, a mixture for a prior": Row(
+        lambda: LAVAE(replace(FAST, appearance_prior="mixture:3"), SHAPE), guide_of_two,
+        {"temperature": 0.5},
+    ),
     "discrete-air": Row(lambda: DiscreteAIR(DISCRETE, SHAPE), training={"temperature": 0.5}),
     "discrete-air, paper's networks": Row(
         lambda: DiscreteAIR(DISCRETE_PAPER, SHAPE), training={"temperature": 0.5}
@@ -86,7 +94,9 @@ TABLE = {
     "air, paper's networks": Row(
         lambda: AIR(replace(ATTEND, networks="paper"), SHAPE), unreached=BASELINE
     ),
-    "conv_vae": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)),
+    "conv-vae": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8, "fast"), SHAPE)),
+    "conv-vae, paper's networks": Row(lambda: ConvVAE(ConvVAEConfig(8, 2, 8, "paper"), SHAPE)),
+    "conv-vae, LAVAE's auxiliary": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)),
 }
 SCENES = [name for name, row in TABLE.items() if isinstance(row.build(), SceneModel)]
 
@@ -276,8 +286,8 @@ def unchanged(model: GenerativeModel, random: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("use, random", [
-    (lambda model: evaluate.iwae(model, images(), 2), False),
-    (lambda model: evaluate.log_weights(model, images(), 2), False),
+    (lambda model: bounds.iwae(model, images(), 2), False),
+    (lambda model: bounds.log_weights(model, images(), 2), False),
     (lambda model: model.sample(3), False),
     (lambda model: model.reconstruct(images()), True),
     (lambda model: evaluate.look(model, scenes()), True),

@@ -10,10 +10,11 @@ from pyro_scenes.cli.options import (
     FILE,
     PICTURED,
     Command,
-    CountRange,
     device_option,
     force_option,
     limit_option,
+    mnist_option,
+    prior_option,
     seed_option,
     version_option,
 )
@@ -23,7 +24,7 @@ from pyro_scenes.cli.options import (
 @click.argument("checkpoint")
 @click.argument("images", type=FILE, nargs=-1)
 @click.option("--out", type=FILE, metavar="FILE",
-              help="Write the objects as JSON; with --sample, the images as npz.")
+              help="Write the objects as JSON; with --sample, the images and counts as npz.")
 # Options of pictures go by the pictures' names inside.
 @click.option("--figure", "inference", type=FILE, metavar="FILE",
               help="Draw inputs, reconstructions, places and sprites; with --sample, the images.")
@@ -40,16 +41,16 @@ from pyro_scenes.cli.options import (
               "folder with a GraphML file an image.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N",
               help="Draw N images from the model in place of IMAGES.")
-@click.option("--prior", metavar="count=uniform:A-B", type=CountRange("count=uniform:"),
-              help="Sample with this prior in place of the model's, such as count=uniform:5-6.")
+@prior_option
 @limit_option
 @seed_option
 @device_option
+@mnist_option
 @force_option
 @version_option
 def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: str | None,
-          sample: int | None, prior: tuple[int, int] | None, max_objects: int | None, seed: int,
-          device: str, force: bool, **drawings: Path | None) -> None:
+          sample: int | None, priors: tuple[str, ...], max_objects: int | None, seed: int,
+          device: str, mnist: Path | None, force: bool, **drawings: Path | None) -> None:
     """Find the objects in IMAGES (an npz file, or PNG files and folders of them).
 
     CHECKPOINT is a run's folder, a file, or the name of a shipped checkpoint (svi-eval --list).
@@ -65,21 +66,25 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
             "--traverse, --swap, --steps, --tables and --templates need IMAGES")
     if graph and (sample or not out):
         raise click.UsageError("--graph needs IMAGES and --out")
-    if prior and not sample:
+    if priors and not sample:
         raise click.UsageError("--prior goes with --sample")
     from pyro_scenes import checkpoint as checkpoints
-    from pyro_scenes import pictures, plots, report
+    from pyro_scenes import pictures, plots, report, swaps
     from pyro_scenes.data import SceneData, save_npz
     from pyro_scenes.evaluate import infer as find
 
     report.claim([out], wanted.values(), force)
-    model = checkpoints.load(checkpoint, device).model
+    trained = checkpoints.load(checkpoint, device)
+    model = trained.model
     if sample:
-        made = pictures.sample(model, sample, seed, prior)
+        swapped = swaps.parse(priors, model, trained.config.data, mnist=mnist, seed=seed)
+        with model.priors(**swapped):
+            made, counts = pictures.sample_counted(model, sample, seed)
         drawn = {path: plots.samples_figure(made[:PICTURED]) for path in wanted.values()}
         if out:
             pixels = (made * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            save_npz(out, SceneData.from_images("samples", pixels))
+            truth = {} if counts is None else {"counts": counts.numpy()}
+            save_npz(out, SceneData.from_images("samples", pixels, **truth))
     else:
         scenes = report.read_images(model, images)
         drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), wanted, max_objects)

@@ -16,6 +16,7 @@ from pyro_scenes.cli.options import (
     mnist_option,
     nll_option,
     objects_option,
+    prior_option,
     seed_option,
     version_option,
 )
@@ -27,52 +28,107 @@ from pyro_scenes.cli.options import (
 @click.option("--images", metavar="N", type=click.IntRange(min=1), help="Only the first so many.")
 @click.option("--particles", metavar="N", type=click.IntRange(min=1), default=100,
               show_default=True, help="Importance samples an image.")
+@click.option("--chunk", metavar="N", type=click.IntRange(min=1),
+              help="Particles times images at a time, to which memory is in proportion; default: "
+              "what suits the device.")
 @nll_option
 @objects_option
 @limit_option
+@prior_option
 @seed_option
 @click.option("--json", "out", type=FILE, metavar="FILE", help="Write the figures of merit.")
+@click.option("--curve", type=FILE, metavar="FILE",
+              help="Draw the bound on the likelihood at 1, 10, 100 ... particles.")
 @click.option("--figures", type=FILE, metavar="DIR",
               help="Draw every picture that suits the model, inference.png and others.")
 @device_option
 @mnist_option
 @force_option
 @click.option("--list", "list_them", is_flag=True, help="Show the shipped checkpoints.")
+@click.option("--suite", "whole_suite", is_flag=True,
+              help="Measure all shipped checkpoints, or CHECKPOINT, on all data that they read: "
+              "fills results/, where it goes on, and writes RESULTS.md.")
+@click.option("--readme", type=FILE, metavar="FILE", help="Put the suite's head into a page.")
 @version_option
 def evaluate(checkpoint: str | None, data: str | None, images: int | None, particles: int,
-             nll_images: int | None, objects: tuple[int, int] | None, max_objects: int | None,
-             seed: int, out: Path | None, figures: Path | None, device: str, mnist: Path | None,
-             force: bool, list_them: bool) -> None:
+             chunk: int | None, nll_images: int | None, objects: tuple[int, int] | None,
+             max_objects: int | None, priors: tuple[str, ...], seed: int, out: Path | None,
+             curve: Path | None, figures: Path | None, device: str, mnist: Path | None, force: bool,
+             list_them: bool, whole_suite: bool, readme: Path | None) -> None:
     """Measure CHECKPOINT on held-out scenes.
 
     CHECKPOINT is a run's folder, a file, or the name of a shipped checkpoint.
     """
+    if whole_suite:
+        if data or objects or priors or out or curve or figures:
+            raise click.UsageError("--suite chooses the data and the files itself")
+        _suite(checkpoint, images or 1000, nll_images, particles, device, mnist, readme)
+        return
+    if readme:
+        raise click.UsageError("--readme goes with --suite")
     if not list_them and (checkpoint is None or data is None):
-        raise click.UsageError("give a CHECKPOINT and --data, or --list")
+        raise click.UsageError("give a CHECKPOINT and --data, or --list, or --suite")
+    from pyro_scenes import bounds
     from pyro_scenes import checkpoint as checkpoints
-    from pyro_scenes import pictures, plots, report
+    from pyro_scenes import pictures, plots, report, swaps
     from pyro_scenes.data import load
     from pyro_scenes.data.files import write_json
+    from pyro_scenes.errors import UserError
     from pyro_scenes.evaluate import evaluate as measure
 
     if list_them:
         click.echo("\n".join(checkpoints.shipped()) or "No checkpoint is shipped.")
         return
     assert checkpoint is not None and data is not None
-    model = checkpoints.load(checkpoint, device).model
+    trained = checkpoints.load(checkpoint, device)
+    model = trained.model
     suited = pictures.applying(model) if figures else []
     drawings = {name: figures / f"{name}.png" for name in suited if figures}
-    report.claim([out], drawings.values(), force)
+    report.claim([out], [*drawings.values(), curve], force)
     scenes = load(data, images=images, objects=objects, mnist=mnist)
+    if curve and not bounds.applies(model, scenes):
+        raise UserError(f"no --curve: the images are grey, and a {model.likelihood.name} likelihood"
+                        " is of binary ones")
+    swapped = swaps.parse(priors, model, trained.config.data, mnist=mnist, seed=seed)
     # Drawn before the long part and written after it: what fails does so early, and leaves nothing.
-    drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), drawings, max_objects)
-    result = measure(model, scenes, particles=particles, nll_images=nll_images, seed=seed,
-                     limit=max_objects)
+    with model.priors(**swapped):
+        drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), drawings, max_objects)
+        result = measure(model, scenes, particles=particles, nll_images=nll_images, seed=seed,
+                         chunk=chunk, limit=max_objects, priors=priors)
     click.echo(report.table({scenes.name: result}))
+    if result["curve"]:
+        click.echo("\n" + report.likelihood(result))
     if out:
         write_json(out, result)
+    if curve:
+        entropy = (result.get("entropy") or {}).get("total")
+        finite = [point for point in result["curve"] if point["nll"] is not None]
+        if not finite:
+            raise UserError("no --curve: the prior gives the counts of some images no mass")
+        drawn[curve] = plots.bound_figure(finite, entropy)
     for path, figure in drawn.items():
         plots.save(figure, path)
+
+
+def _suite(checkpoint: str | None, images: int, nll_images: int | None, particles: int,
+           device: str, mnist: Path | None, readme: Path | None) -> None:
+    from pyro_scenes import checkpoint as checkpoints
+    from pyro_scenes import report, suite
+    from pyro_scenes.data.files import atomic_write
+    from pyro_scenes.errors import UserError
+
+    names = (checkpoint,) if checkpoint else tuple(checkpoints.shipped())
+    if not set(names) <= checkpoints.shipped().keys():
+        raise UserError(f"{checkpoint} is no shipped checkpoint; svi-eval --list shows those")
+    folder = Path("results")
+    for line in suite.run(folder, names, images=images, nll_images=nll_images or images,
+                          particles=particles, mnist=mnist, device=device):
+        click.echo(line)
+    with atomic_write(Path("RESULTS.md")) as file:
+        file.write(suite.page(folder).encode())
+    if readme:
+        report.insert(readme, "svi-eval --suite", suite.head(folder))
+    click.echo("RESULTS.md is written.")
 
 
 @click.command("svi-bench", cls=Command)

@@ -31,18 +31,15 @@ class Command(click.Command):
 
 
 class CountRange(click.ParamType):
-    """Numbers of objects: 7, or 0-3 with both ends included, after a prefix."""
+    """Numbers of objects: 7, or 0-3 with both ends included."""
 
     name = "A-B"
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
-
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        low, _, high = value.removeprefix(self.prefix).partition("-")
+        low, _, high = value.partition("-")
         high = high or low
-        if not (value.startswith(self.prefix) and low.isdecimal() and high.isdecimal()):
-            self.fail(f"{value!r} is not like {self.prefix}7 or {self.prefix}0-3", param, ctx)
+        if not (low.isdecimal() and high.isdecimal()):
+            self.fail(f"{value!r} is not like 7 or 0-3", param, ctx)
         if int(low) > int(high):
             self.fail(f"{value!r} ends before it begins", param, ctx)
         return int(low), int(high)
@@ -68,6 +65,11 @@ nll_option = click.option(
 objects_option = click.option(
     "--objects", type=CountRange(),
     help="Objects a scene, such as 7 or 0-3, for data by name; default: the data set's own.")
+prior_option = click.option(
+    "--prior", "priors", multiple=True, metavar="NAME=KIND",
+    help="Put this prior in the place of the model's: count=uniform:4-5, count=geometric:0.5 or "
+    "count=fit; appearance=normal, appearance=mixture:10 or appearance=flow:4. The last two and "
+    "count=fit are fitted to the model on scenes of its training. May be repeated.")
 seed_option = click.option(
     "--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True)
 version_option = click.version_option(__version__, prog_name="pyro_scenes")

@@ -58,6 +58,10 @@ class Attend(SceneModel):
     def most(self) -> float:  # type: ignore[override]
         return self.steps
 
+    @property
+    def appearance_site(self) -> str:  # type: ignore[override]
+        return "z_attr" if self.classes else "z_what"
+
     @pyro_method
     def guide(self, x: Tensor) -> list[dict[str, Tensor]]:
         """:param x: (B, C, H, W) in [0, 1]. :return: what was drawn, see `_attend`."""
@@ -71,6 +75,13 @@ class Attend(SceneModel):
         :return: for each step "here", the product of z_pres up to it, and its latents.
         """
         raise NotImplementedError(f"{type(self).__name__} has no _attend")
+
+    def counts(self, trace: poutine.Trace) -> Tensor:
+        here: list[Tensor] = []
+        for t in range(self.steps):
+            site = trace.nodes[f"z_pres_{t}"]  # 0 or 1, or one-hot
+            here.append(site["value"][..., 1] if site["fn"].event_dim else site["value"])
+        return torch.stack(here, -1).cumprod(-1).sum(-1).long()
 
     def pose(self, z_where: Tensor) -> Pose:
         """What z_where (..., D) stands for."""

@@ -40,13 +40,22 @@ class GenerativeModel(PyroModule):
         """The mean of p(x given the guide's summary), (B, C, H, W) in [0, 1]."""
         raise NotImplementedError(f"{type(self).__name__} has no reconstruct")
 
-    @torch.no_grad()
     def sample(self, count: int) -> Tensor:
         """Means of images drawn from the prior, (count, C, H, W) in [0, 1]."""
+        return self.draw(count)[0]
+
+    @torch.no_grad()
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The same with the number of objects in each, (count,); None of a model without objects.
+        """
         device = next(self.parameters()).device
         blank = torch.zeros(count, *self.image_shape, device=device)
         drawn = poutine.trace(poutine.uncondition(self.model)).get_trace(blank)
-        return drawn.nodes["x"]["fn"].mean.clamp(0.0, 1.0)
+        return drawn.nodes["x"]["fn"].mean.clamp(0.0, 1.0), self.counts(drawn)
+
+    def counts(self, trace: poutine.Trace) -> Tensor | None:
+        """Objects in each image of a trace of the model or the guide, (B,) long."""
+        return None
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the learning rate that they share."""
@@ -66,27 +75,31 @@ class GenerativeModel(PyroModule):
 
         :raises UserError: for a prior that the model does not have.
         """
-        names = {name: f"{name}_prior" for name in priors}
-        for name, attribute in names.items():
-            if not hasattr(self, attribute):
-                raise UserError(f"{type(self).__name__} has no prior called {name!r}")
-        before = {name: getattr(self, attribute) for name, attribute in names.items()}
+        before = {name: self.prior(name) for name in priors}
         try:
             for name, prior in priors.items():
-                setattr(self, names[name], prior)
+                setattr(self, f"{name}_prior", prior)
             yield
         finally:
             for name, prior in before.items():
-                setattr(self, names[name], prior)
+                setattr(self, f"{name}_prior", prior)
+
+    def prior(self, name: str) -> nn.Module:
+        """The prior of a name. :raises UserError: if the model does not have it."""
+        if not hasattr(self, f"{name}_prior"):
+            raise UserError(f"{type(self).__name__} has no prior called {name!r}")
+        return getattr(self, f"{name}_prior")
 
 
 class SceneModel(GenerativeModel):
     """A model whose latent variables are objects.
 
     :ivar most: objects that it can find in an image, at most.
+    :ivar appearance_site: what its sites of appearance are called, less their numbers.
     """
 
     most: float = math.inf
+    appearance_site: str = "z_app"
 
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:
         """A deterministic summary of the guide.
@@ -95,6 +108,9 @@ class SceneModel(GenerativeModel):
         :raises UserError: if an image shows more.
         """
         raise NotImplementedError(f"{type(self).__name__} has no infer")
+
+    def counts(self, trace: poutine.Trace) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no counts")
 
     def render(self, scene: Scene) -> Tensor:
         """The mean of p(x given scene), (B, C, H, W) in [0, 1]."""

@@ -64,14 +64,13 @@ from pyro import poutine
 from pyro.nn import pyro_method
 from torch import Tensor, nn
 
-from pyro_scenes import nets
+from pyro_scenes import nets, priors
 from pyro_scenes.distributions import USED, OneHotPlace, one_hot
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import SceneModel
-from pyro_scenes.priors import LearnedCount, StandardNormal, UniformPlaces
 from pyro_scenes.scene import Scene
-from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, windows
+from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks, windows
 
 # A place within the window of an earlier one is shut to the guide, yet preferred to the place
 # itself: on a canvas smaller than the window there would be nowhere else to go.
@@ -103,6 +102,7 @@ class LAVAEConfig:
     blocked_window: int = 13  # side of the window shut after a draw, pixels, odd; 1 as the paper
     straight_through: bool = True  # hard places in training
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
+    appearance_prior: str = "normal"  # p(z_app): or mixture:K or flow:L, learned with the rest
 
 
 PAPER = LAVAEConfig(
@@ -116,6 +116,11 @@ PAPER = LAVAEConfig(
     straight_through=False,
 )
 PRESETS = {"fast": LAVAEConfig(), "paper": PAPER}
+
+# Digits are many: more hidden units. A few have two peaks within the window that a draw shuts, of
+# which the second cannot be drawn; shapes may be that near to each other.
+DIGITS = {"sprite_hidden": (384, 512), "appearance_hidden": 256, "count_window": 13}
+SUITED = {"fast": {"multi-mnist-1k": DIGITS, "multi-mnist-10k": DIGITS}}
 
 
 def _fast(config: LAVAEConfig, channels: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -169,9 +174,9 @@ class LAVAE(SceneModel):
             if getattr(config, name) % 2 == 0:
                 raise UserError(f"{name} must be odd, so that it has a centre pixel")
         # generative model: p(n), p(z_loc), p(z_app), p(x | lambda)
-        self.count_prior: nn.Module = LearnedCount(config.max_objects)
-        self.location_prior: nn.Module = UniformPlaces()
-        self.appearance_prior: nn.Module = StandardNormal(config.latent)
+        self.count_prior: nn.Module = priors.LearnedCount(config.max_objects)
+        self.location_prior: nn.Module = priors.UniformPlaces()
+        self.appearance_prior = priors.make("appearance", config.appearance_prior, config.latent)
         self.likelihood = BernoulliImage(config.likelihood_floor)
         # f_sprite; then inference networks: h_loc, and the parameters of q(z_app | z_loc, x)
         if config.networks not in NETWORKS:
@@ -195,8 +200,9 @@ class LAVAE(SceneModel):
                 with _if_present(i, n):
                     z_loc = pyro.sample(f"z_loc_{i}", self.location_prior(used))  # (B, D)
                     z_app = pyro.sample(f"z_app_{i}", self.appearance_prior())  # (B, L)
-                # The place it took, of a relaxed one too: USED times its tails would swamp all.
-                used = used + one_hot(z_loc.detach().argmax(-1), used.shape[-1], used.dtype)
+                if i + 1 < steps:
+                    # The place it took, of a relaxed one too: USED times its tails would swamp all.
+                    used = used + one_hot(z_loc.detach().argmax(-1), used.shape[-1], used.dtype)
                 places.append(z_loc)
                 appearances.append(z_app)
             if not places:
@@ -285,8 +291,10 @@ class LAVAE(SceneModel):
         """:param encoded: of x, if it is at hand already or if counts are to be forced."""
         encoded = encoded or self.encode(x)
         with pyro.plate("images", len(x), dim=-1):
-            # The prior gives no mass to more than M objects: the bound is then one for M of them.
-            count = encoded.count.clamp(max=self.config.max_objects)
+            # The prior gives no mass to more than M objects, or to what one that is swapped in
+            # goes to: the bound is then one for so many of them.
+            most = max(self.config.max_objects, self.count_prior().logits.shape[-1] - 1)
+            count = encoded.count.clamp(max=most)
             n = pyro.sample("n", dist.Delta(count))  # (B,)
             logits = self._logits(encoded)  # (B, D)
             places: list[Tensor] = []
@@ -300,7 +308,8 @@ class LAVAE(SceneModel):
                 with _if_present(i, n):
                     site = OneHotPlace(here, self.temperature, self.config.straight_through)
                     z_loc = pyro.sample(f"z_loc_{i}", site)  # (B, D)
-                logits = self._shut(logits, z_loc, x.shape[-1])
+                if i + 1 < steps:
+                    logits = self._shut(logits, z_loc, x.shape[-1])
                 places.append(z_loc)
             for i, (mean, scale) in enumerate(self._appearance(x, n, places)):
                 with _if_present(i, n):
@@ -312,9 +321,11 @@ class LAVAE(SceneModel):
 
     def _shut(self, logits: Tensor, z_loc: Tensor, width: int) -> Tensor:
         """Shut a drawn place (eq. 11) and its window to further draws."""
-        z_loc = z_loc.detach()
-        drawn = one_hot(z_loc.argmax(-1), z_loc.shape[-1])
-        return logits + USED * drawn + NEAR * windows(drawn, self.config.blocked_window, width)
+        place = z_loc.detach().argmax(-1, keepdim=True)
+        size = z_loc.shape[-1] // width, width
+        near = window_masks(place.squeeze(-1), self.config.blocked_window, size)
+        shut = (NEAR * near).scatter_add_(-1, place, near.new_full(place.shape, USED))
+        return logits + shut
 
     def _appearance(self, x: Tensor, n: Tensor, places: list) -> list[tuple[Tensor, Tensor]]:
         """Mean and standard deviation of q(z_app_i | z_loc_i, x), each (..., L), for every slot.
@@ -335,6 +346,9 @@ class LAVAE(SceneModel):
         return list(zip(means.unbind(-2), scales.unbind(-2), strict=True))
 
     # --- scenes -----------------------------------------------------------------------------
+
+    def counts(self, trace: poutine.Trace) -> Tensor:
+        return trace.nodes["n"]["value"].long()
 
     @torch.no_grad()
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:
@@ -402,6 +416,7 @@ class LAVAE(SceneModel):
         groups: dict[str, list[nn.Parameter]] = {"location": [], "prior": [], "rest": []}
         for name, parameter in self.named_parameters():
             first = name.split(".")[0]
+            # A learned p(z_app) is of the rest: it learns as fast as what it is the prior of.
             key = {"location_net": "location", "count_prior": "prior"}.get(first, "rest")
             groups[key].append(parameter)
         return groups

@@ -15,6 +15,8 @@ from pyro_scenes.objectives.air import (
     DiscreteAIRObjective,
 )
 from pyro_scenes.objectives.base import temporarily
+from pyro_scenes.objectives.conv_vae import PRESETS as CONV_VAE_PRESETS
+from pyro_scenes.objectives.conv_vae import ConvVAEObjective
 from pyro_scenes.objectives.lavae import PRESETS, LAVAEObjective
 
 # model name -> (objective class, schedule by preset)
@@ -22,6 +24,7 @@ OBJECTIVES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "lavae": (LAVAEObjective, PRESETS),
     "discrete-air": (DiscreteAIRObjective, DISCRETE_PRESETS),
     "air": (AIRObjective, AIR_PRESETS),
+    "conv-vae": (ConvVAEObjective, CONV_VAE_PRESETS),
 }
 
 __all__ = ["OBJECTIVES", "temporarily"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
-from pyro_scenes.pictures.changed import sample, samples, swap, templates, traversal
+from pyro_scenes.pictures.changed import sample, sample_counted, samples, swap, templates, traversal
 from pyro_scenes.pictures.common import IMAGES, with_objects
 from pyro_scenes.pictures.inferred import inference, steps, tables
 
@@ -28,6 +28,7 @@ __all__ = [
     "draw",
     "inference",
     "sample",
+    "sample_counted",
     "samples",
     "steps",
     "swap",
@@ -55,7 +56,7 @@ def _has_categories(model: GenerativeModel) -> bool:
 
 
 PICTURES = {
-    "inference": Picture(inference, _finds_objects),
+    "inference": Picture(inference, lambda model: True),
     "tables": Picture(tables, _finds_objects),
     "steps": Picture(steps, _finds_objects),
     "templates": Picture(templates, _has_categories),

@@ -14,7 +14,6 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.models import GenerativeModel
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.pictures.common import IMAGES, STEPS, pick, scenes_in, varied
-from pyro_scenes.priors import UniformCount
 from pyro_scenes.scene import POSE, Scene
 
 BATCH = 256  # images drawn at a time
@@ -121,24 +120,20 @@ def swap(model: GenerativeModel, images: Tensor, limit: float | None = None) -> 
     return plots.swap_figure(model.render(scene), model.render(replace(scene, **rolled)))
 
 
-@torch.no_grad()
-def sample(
-    model: GenerativeModel, count: int, seed: int = 0, objects: tuple[int, int] | None = None
-) -> Tensor:
-    """Means of images drawn from the model, (count, C, H, W) on the CPU.
+def sample(model: GenerativeModel, count: int, seed: int = 0) -> Tensor:
+    """Means of images drawn from the model, (count, C, H, W) on the CPU."""
+    return sample_counted(model, count, seed)[0]
 
-    Args:
-        objects: a uniform prior over so many objects, both ends included, in place of the model's
-            own (LAVAE's figure 9).
 
-    Raises:
-        UserError: a model without a prior for the count.
-    """
-    priors = {"count": UniformCount(*objects)} if objects else {}
-    with torch.random.fork_rng(), model.priors(**priors):
+def sample_counted(
+    model: GenerativeModel, count: int, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """The same with the number of objects in each, (count,); None of a model without objects."""
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-        return torch.cat([model.sample(size).cpu() for size in sizes])
+        images, counts = zip(*(model.draw(size) for size in sizes), strict=True)
+    return torch.cat(images).cpu(), None if None in counts else torch.cat(counts).cpu()
 
 
 def samples(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:

@@ -1,0 +1,77 @@
+"""The training of the convolutional VAE: an ELBO with a rising weight of the divergence, beta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyro_scenes.models.conv_vae import ConvVAE
+from pyro_scenes.objectives.base import decayed, linear
+
+LEAST = 1e-6  # beta at first: Pyro refuses a scale of 0
+
+
+@dataclass(frozen=True)
+class ConvVAESchedule:
+    """Annealing of the convolutional VAE's training; defaults are the fast preset's. In steps."""
+
+    learning_rate: float = 2e-3
+    ramp: int = 100  # learning rates rise over so many steps
+    decay_from: float = 0.5  # part of the training after which they fall (cosine)
+    decay_to: float = 0.02  # the part of each that is left at the end
+    beta_begin: int = 0  # beta is 0 up to this step,
+    beta_end: int = 1000  # rises in a straight line, and is 1 from this one on
+
+
+PRESETS = {
+    "fast": ConvVAESchedule(),
+    "paper": ConvVAESchedule(learning_rate=1e-3, ramp=0, decay_to=1.0, beta_end=100_000),
+}
+
+
+class Weighted(Messenger):
+    """Multiplies the log density of one site, in model and guide alike, by a weight above 0."""
+
+    def __init__(self, site: str, weight: float):
+        super().__init__()
+        self.site, self.weight = site, weight
+
+    def _pyro_sample(self, message: dict) -> None:
+        if message["name"] == self.site:
+            message["scale"] = self.weight * message["scale"]
+
+
+class ConvVAEObjective:
+    """-E[log p(x | z)] + beta KL(q(z | x) || p(z)), both by one draw of z (LAVAE, appendix B)."""
+
+    def __init__(self, schedule: ConvVAESchedule, model: ConvVAE, steps: int):
+        self.schedule, self.steps = schedule, steps
+        self.elbo = Trace_ELBO()
+        self.modules = nn.ModuleDict()
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """For each group of the model's parameters."""
+        s = self.schedule
+        factor = decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
+        return {"all": factor * s.learning_rate}
+
+    def backward(self, model: ConvVAE, x: Tensor, step: int) -> dict[str, float]:
+        """Gradients of the loss of one batch; returns figures to log, nats per image.
+
+        The loss that is logged is the ELBO's, as if beta were 1 already.
+        """
+        s = self.schedule
+        beta = max(LEAST, linear(step, s.beta_begin, s.beta_end))
+        joint, guide = poutine.trace(model.model), poutine.trace(model.guide)
+        with Weighted("z", beta), poutine.scale(scale=1 / len(x)):
+            loss = self.elbo.loss_and_grads(joint, guide, x)
+        with torch.no_grad():
+            sites = (guide.trace.nodes["z"], joint.trace.nodes["z"])
+            posterior, prior = (site["fn"].log_prob(site["value"]) for site in sites)  # (B,) each
+        divergence = float((posterior - prior).mean())
+        return {"loss": loss + (1 - beta) * divergence, "kl": divergence, "beta": beta}

@@ -1,0 +1,151 @@
+"""Experiments with priors in one line: from texts to priors for a trained model, fitted if need be.
+
+    with model.priors(**parse(["count=fit", "appearance=flow:4"], model, "multi-dsprites")):
+        evaluate(model, data)
+
+What can be written is in `priors.PRIORS`. The rest of the model is left as it is. An appearance
+prior is in the ELBO as E_q[log p(z_app)] alone: the one of the highest likelihood on draws of
+q(z_app | x) is then the best of its kind, on the scenes that it is fitted to. A fitted count is
+the aggregate posterior of n, the mean of q(n | x) over those scenes, see `priors.FittedCount`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_scenes import priors
+from pyro_scenes.data import DATASETS, SceneData, load, split_held_out
+from pyro_scenes.errors import UserError
+from pyro_scenes.models import GenerativeModel, SceneModel
+from pyro_scenes.models.attend import Attend
+
+SCENES = 4000  # that priors are fitted to
+ENCODED = 200  # of them at a time
+STEPS, BATCH, RATE = 400, 256, 1e-2  # of the fit: its length, appearances a step, learning rate
+
+
+def parse(
+    texts: Sequence[str],
+    model: GenerativeModel,
+    data: str | Path | SceneData,
+    *,
+    mnist: Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, nn.Module]:
+    """Priors by name, for ``model.priors``.
+
+    :param texts: such as "count=uniform:4-5" and "appearance=mixture:10", one a name.
+    :param data: what those that are to be fitted are fitted to, the first SCENES images of: scenes,
+        or the training part of a registered data set or a file.
+    :raises UserError: for what cannot be read, or does not suit the model.
+    """
+    with torch.random.fork_rng(), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        made: dict[str, nn.Module] = {}
+        for text in texts:
+            name, equals, kind = text.partition("=")
+            if not equals:
+                raise UserError(f"a prior is NAME=KIND, such as count=uniform:4-5, not {text!r}")
+            if name in made:
+                raise UserError(f"{text} is a second prior for the {name}: give one")
+            made[name] = priors.make(name, kind, _size(model, name)).to(_device(model))
+        if isinstance(model, Attend) and "count" in made:
+            priors.presence_logits(made["count"](), model.steps)  # says so if that cannot be
+        unfitted = {k: v for k, v in made.items() if isinstance(v, priors.Fitted)}
+        if unfitted:
+            assert isinstance(model, SceneModel)
+            found = look(model, _scenes(data, mnist, texts), progress)
+        for name, prior in unfitted.items():
+            if name == "count":
+                prior.begin(found.counts)
+            else:
+                fit(prior, found, progress)
+    return made
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a guide finds in scenes."""
+
+    counts: Tensor  # (N,) long, one draw of q(n | x) for each scene
+    means: Tensor  # (P, L), of q(z_app | x), which is normal, for each object of these draws
+    scales: Tensor  # (P, L), its standard deviations
+
+
+@torch.no_grad()
+def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
+    """Draw from the guide once for each scene."""
+    counts, means, scales = [], [], []
+    with tqdm(total=len(scenes), desc="scenes", unit="image", disable=not progress) as bar:
+        for start in range(0, len(scenes), ENCODED):
+            x = scenes.batch(slice(start, start + ENCODED)).to(_device(model))
+            trace = poutine.trace(model.guide).get_trace(x)
+            counts.append(model.counts(trace))
+            for name, site in trace.nodes.items():
+                if name.startswith(f"{model.appearance_site}_"):
+                    here = site["mask"]  # (B,), where there is such an object
+                    means.append(site["fn"].mean[here])
+                    scales.append(site["fn"].variance.sqrt()[here])
+            bar.update(len(x))
+    nothing = torch.zeros(0, 0, device=_device(model))
+    return Found(
+        torch.cat(counts), torch.cat(means or [nothing]), torch.cat(scales or [nothing])
+    )
+
+
+@torch.enable_grad()
+def fit(prior: priors.Fitted, found: Found, progress: bool = True) -> None:
+    """Fit p(z_app) by maximum likelihood on draws of q(z_app | x), new ones at each step.
+
+    :raises UserError: if there are no objects.
+    """
+    means, scales = found.means, found.scales
+    if not len(means):
+        raise UserError("no object was found in the scenes that an appearance prior is fitted to")
+    prior.begin(means + scales * torch.randn_like(scales))
+    optimizer = torch.optim.Adam(prior.parameters(), RATE)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in tqdm(range(STEPS), desc="prior", unit="step", disable=not progress):
+        row = torch.randint(len(means), (BATCH,), device=means.device)
+        z = means[row] + scales[row] * torch.randn_like(scales[row])
+        loss = -prior().log_prob(z).mean()  # nats an object
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+
+
+def _size(model: GenerativeModel, name: str) -> int:
+    """What `priors.make` is to know of a model: its largest count, or dimensions of appearance."""
+    if name not in priors.PRIORS:
+        return 0  # which `priors.make` has a line for
+    own = model.prior(name)()
+    if name == "count":
+        return own.logits.shape[-1] - 1
+    if not own.event_shape[0]:
+        raise UserError(f"the objects of this {type(model).__name__} have no {name}")
+    return own.event_shape[0]
+
+
+def _scenes(data: str | Path | SceneData, mnist: Path | None, texts: Sequence[str]) -> SceneData:
+    if isinstance(data, SceneData):
+        return data[:SCENES]
+    try:
+        if str(data) in DATASETS:
+            return load(data, split="train", images=SCENES, mnist=mnist)
+        return split_held_out(load(data))[0][:SCENES]
+    except UserError as error:
+        raise UserError(f"{' '.join(texts)}, fitted to scenes of the training: {error}") from None
+
+
+def _device(model: GenerativeModel) -> torch.device:
+    return next(model.parameters()).device

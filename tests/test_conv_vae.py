@@ -1,0 +1,394 @@
+"""The convolutional VAE: densities and bounds against truth, beta by hand, and short trainings."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from click.testing import CliRunner
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from scipy import stats
+from torch import Tensor, nn
+
+from pyro_scenes import checkpoint, cli, training
+from pyro_scenes.bounds import iwae, log_weights
+from pyro_scenes.config import make_config
+from pyro_scenes.data import SceneData, load, save_npz, split_held_out
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import evaluate
+from pyro_scenes.likelihoods import NormalImage
+from pyro_scenes.models.conv_vae import PRESETS, ConvVAE, ConvVAEConfig
+from pyro_scenes.objectives.conv_vae import ConvVAEObjective, ConvVAESchedule
+
+NETWORKS = ["fast", "paper", "auxiliary"]
+SMALL = ConvVAEConfig(grid_latent=2, grid_stages=2, grid_width=8)
+SHAPE = (3, 8, 12)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with pyro.validation_enabled(True):
+        yield
+
+
+@pytest.fixture(params=NETWORKS)
+def model(request: pytest.FixtureRequest) -> ConvVAE:
+    return ConvVAE(replace(SMALL, networks=request.param), SHAPE)
+
+
+def images(batch: int = 3, shape: tuple[int, int, int] = SHAPE) -> Tensor:
+    return (torch.rand(batch, *shape) < 0.3).float()
+
+
+def latent(function: Callable, x: Tensor) -> Tensor:
+    """What the guide draws."""
+    return poutine.trace(function).get_trace(x).nodes["z"]["value"].detach()
+
+
+# --- against truth -------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A prior to swap: N(0.5, 2^2)."""
+
+    def forward(self, rows: int, columns: int) -> dist.TorchDistribution:
+        return dist.Normal(0.5, 2.0).expand([1, rows, columns]).to_event(3)
+
+
+@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize("prior", ["standard", "wide"])
+def test_one_latent_number_by_quadrature(networks, prior) -> None:
+    """log p(x) is a one-dimensional integral; the weights of the guide's draws average to it."""
+    model = ConvVAE(ConvVAEConfig(1, 1, 12, networks), (1, 2, 2)).eval()
+    with torch.no_grad():  # a decoder that depends on z and a guide that does not fit it
+        model.decoder[0][0].weight.mul_(3)
+        model.encoder[-1].weight.zero_()
+        model.encoder[-1].bias.copy_(torch.tensor([0.4, 0.3]))
+    x = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 2)
+    grid = np.linspace(-18.0, 18.0, 4001)
+    with torch.no_grad():
+        mean = model.decode(torch.tensor(grid, dtype=torch.float32).view(-1, 1, 1, 1)).double()
+    mean = np.clip(mean.numpy(), 1e-5, 1 - 1e-5).reshape(-1, 4)
+    likelihood = np.where(x.numpy().reshape(4) == 1, mean, 1 - mean).prod(1)
+    assert likelihood.max() > 1.5 * likelihood.min()
+    density = stats.norm.pdf(grid, *((0.5, 2.0) if prior == "wide" else (0.0, 1.0)))
+    truth = math.log(np.trapezoid(density * likelihood, grid))
+    if prior == "wide":
+        model.latent_prior = Wide()
+        model.encoder[-1].bias.data[1] = 1.5
+    weights = log_weights(model, x.expand(4, 1, 2, 2), 1500, 6000).double().flatten() - truth
+    error = weights.exp().std() / math.sqrt(len(weights))
+    assert error < 0.02 and abs(weights.exp().mean() - 1) < 4 * error
+    assert weights.mean() < -0.01  # the ELBO lies below the truth
+
+
+class Linear(nn.Module):
+    """z -> an image: each cell adds its own pixels, K patterns of s x s."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)  # (K, C, s, s)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.conv_transpose2d(z, self.weight, stride=self.weight.shape[-1])
+
+
+SIGMA, STRIDE = 0.5, 4
+
+
+def linear_gaussian(weight: Tensor, mean: Tensor, variance: Tensor) -> ConvVAE:
+    """p(x | z) = N(W z, SIGMA^2), and a guide with this matrix (K, C s s) and variances (K,)."""
+    channels = weight.shape[1]
+    model = ConvVAE(SMALL, (channels, 8, 4))
+    model.decoder, model.likelihood = Linear(weight), NormalImage(SIGMA)
+    head = nn.Conv2d(channels, 4, STRIDE, STRIDE)
+    with torch.no_grad():
+        head.weight.copy_(torch.cat([mean, 0 * mean]).view_as(head.weight))
+        head.bias.copy_(torch.cat([0 * variance, variance.log()]))
+    model.encoder = head
+    return model.double()
+
+
+def marginal(weight: Tensor, x: Tensor) -> Tensor:
+    """log p(x) = sum of log N(x_cell; 0, W W' + SIGMA^2 I) over cells, (B,)."""
+    matrix = weight.flatten(1).double().numpy()  # (K, C s s)
+    covariance = matrix.T @ matrix + SIGMA**2 * np.eye(matrix.shape[1])
+    total = 0.0
+    for row in range(0, x.shape[2], STRIDE):
+        for column in range(0, x.shape[3], STRIDE):
+            cell = x[:, :, row:row + STRIDE, column:column + STRIDE].reshape(len(x), -1)
+            total = total + stats.multivariate_normal(cov=covariance).logpdf(cell.numpy())
+    return torch.as_tensor(total)
+
+
+def test_the_exact_posterior_gives_the_exact_likelihood_with_every_draw() -> None:
+    patterns, _ = torch.linalg.qr(torch.randn(3 * STRIDE**2, 2))  # orthonormal
+    weight = (patterns.T * torch.tensor([[2.0], [0.7]])).view(2, 3, STRIDE, STRIDE)
+    variance = 1 / (1 + torch.tensor([2.0, 0.7])**2 / SIGMA**2)
+    model = linear_gaussian(weight, variance[:, None] / SIGMA**2 * weight.flatten(1), variance)
+    x = torch.randn(3, 3, 8, 4, dtype=torch.double)
+    found, truth = log_weights(model, x, 5), marginal(weight, x)
+    assert torch.allclose(found, truth.expand(5, 3), rtol=1e-6)
+
+
+def test_bounds_of_another_guide_rise_to_the_exact_likelihood() -> None:
+    weight = 0.3 * torch.randn(2, 1, STRIDE, STRIDE)
+    flat = weight.flatten(1).double()
+    inverse = torch.linalg.inv(torch.eye(2) + flat @ flat.T / SIGMA**2)
+    # Off the exact posterior's mean, and with variances of its own.
+    mean = 0.8 * (inverse @ flat / SIGMA**2)
+    model = linear_gaussian(weight, mean, 2 * inverse.diagonal())
+    x = torch.randn(4, 1, 8, 4, dtype=torch.double)
+    truth = marginal(weight, x)
+    weights = log_weights(model, x, 20_000) - truth
+    error = weights.exp().std(0) / math.sqrt(len(weights))
+    assert error.max() < 0.05 and ((weights.exp().mean(0) - 1).abs() < 4 * error).all()
+    bounds = [  # of 1, 10 and 100 particles
+        (weights.view(-1, size, 4).logsumexp(1) - math.log(size)).mean(0)
+        for size in (1, 10, 100)
+    ]
+    assert (bounds[0] < bounds[1] - 0.01).all() and (bounds[1] < bounds[2]).all()
+    assert (bounds[2] < 0.01).all()
+    assert torch.allclose(iwae(model, x, 20_000), truth, atol=0.2)
+
+
+def test_the_densities_by_hand(model) -> None:
+    model, x = model.double().eval(), images().double()
+    trace = poutine.trace(model.guide).get_trace(x)
+    z = trace.nodes["z"]["value"]
+    joint = poutine.trace(poutine.replay(model.model, trace=trace)).get_trace(x)
+    for found in (trace, joint):
+        found.compute_log_prob()
+    mean, scale = (value.detach().numpy() for value in model.posterior(x))
+    assert mean.shape == scale.shape == z.shape == (3, 2, 2, 3)
+    value, pixels = z.detach().numpy(), model.decode(z).detach().numpy()
+    pixels = 1e-5 + (1 - 2e-5) * pixels
+    for site, expected in (
+        (trace.nodes["z"], stats.norm.logpdf(value, mean, scale)),
+        (joint.nodes["z"], stats.norm.logpdf(value)),
+        (joint.nodes["x"], np.log(np.where(x.numpy() == 1, pixels, 1 - pixels))),
+    ):
+        assert np.allclose(site["log_prob"].detach(), expected.sum((1, 2, 3)), rtol=1e-9)
+
+
+# --- beta ----------------------------------------------------------------------------------------
+
+
+SCHEDULE = ConvVAESchedule(beta_begin=10, beta_end=30, ramp=0, decay_to=1.0)
+
+
+@pytest.mark.parametrize("step, beta", [(0, 1e-6), (10, 1e-6), (15, 0.25), (30, 1.0), (99, 1.0)])
+def test_the_loss_by_hand(model, step, beta) -> None:
+    """-E[log p(x | z)] + beta (log q(z | x) - log p(z)) and its gradients, on the same noise."""
+    model, x = model.double(), images().double()
+    mean, scale = model.posterior(x)
+    torch.manual_seed(3)
+    noise = ((latent(model.guide, x) - mean) / scale).detach()
+    z = mean + scale * noise
+    means = 1e-5 + (1 - 2e-5) * model.decode(z)
+    cost = -torch.where(x == 1, means, 1 - means).log().flatten(1).sum(1)
+    # log N(z; mu, sigma) - log N(z; 0, 1); their constants cancel.
+    ratio = 0.5 * (z**2 - noise**2) - scale.log()
+    divergence = ratio.flatten(1).sum(1)
+    loss = (cost + beta * divergence).mean()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+
+    torch.manual_seed(3)
+    figures = ConvVAEObjective(SCHEDULE, model, 100).backward(model, x, step)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-6, atol=1e-9)
+    assert figures["beta"] == pytest.approx(beta)
+    assert figures["kl"] == pytest.approx(divergence.mean().item())
+    # What is logged is the ELBO's loss.
+    assert figures["loss"] == pytest.approx((cost + divergence).mean().item())
+
+
+def test_beta_1_is_the_plain_elbo(model) -> None:
+    x = images()
+    model.zero_grad()
+    torch.manual_seed(5)
+    with poutine.scale(scale=1 / len(x)):
+        loss = Trace_ELBO().loss_and_grads(model.model, model.guide, x)
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(5)
+    figures = ConvVAEObjective(SCHEDULE, model, 100).backward(model, x, 30)
+    assert figures["loss"] == loss
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_an_evaluation_has_no_beta(model) -> None:
+    x = images()
+    model.eval()
+    torch.manual_seed(1)
+    before = log_weights(model, x, 3)
+    ConvVAEObjective(SCHEDULE, model, 100).backward(model, x, 0)
+    torch.manual_seed(1)
+    assert torch.equal(log_weights(model, x, 3), before)
+
+
+def test_learning_rates_rise_and_fall() -> None:
+    schedule = ConvVAESchedule(learning_rate=1e-3, ramp=9, decay_from=0.5, decay_to=0.1)
+    objective = ConvVAEObjective(schedule, ConvVAE(SMALL, SHAPE), 100)
+    rates = [objective.learning_rates(step)["all"] for step in (0, 9, 50, 75, 100)]
+    assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5.5e-4, 1e-4])
+
+
+# --- the networks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_presets_have_the_papers_grid_and_size(preset, channels) -> None:
+    model = ConvVAE(PRESETS[preset], (channels, 64, 64)).eval()
+    mean, scale = model.posterior(images(1, (channels, 64, 64)))
+    assert mean.shape == scale.shape == (1, 16, 8, 8)  # d = 1024
+    assert model.decode(mean).shape == (1, channels, 64, 64)
+    assert 0.75e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.25e6
+
+
+def test_the_papers_layers() -> None:
+    """As appendix B lists them: sides of what each part returns, then normalisations and others."""
+    model = ConvVAE(PRESETS["paper"], (3, 64, 64)).eval()
+    assert sides(model.encoder, images(1, (3, 64, 64))) == [32, 32, 16, 16, 8, 8, 8, 8]
+    assert sides(model.decoder, torch.zeros(1, 16, 8, 8)) == [8, 8, 8, 16, 16, 32, 32, 64, 64, 64]
+    assert model.encoder[:-1](torch.zeros(1, 3, 64, 64)).shape == (1, 64, 8, 8)
+    for part in (model.encoder, model.decoder):
+        kinds = [type(module) for module in part.modules()]
+        assert kinds.count(nn.BatchNorm2d) == kinds.count(nn.LeakyReLU) == 9
+    strides = [m.stride for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert strides.count((2, 2)) == 3 and strides.count((1, 1)) == len(strides) - 3
+    assert sum(isinstance(m, nn.ConvTranspose2d) for m in model.modules()) == 2
+
+
+def sides(net: nn.Sequential, x: Tensor) -> list[int]:
+    found = []
+    for layer in net:
+        x = layer(x)
+        found.append(x.shape[-1])
+    return found
+
+
+@pytest.mark.parametrize("networks, stages", [("fast", 1), ("fast", 3), ("paper", 1), ("paper", 4)])
+def test_grids_of_other_sizes(networks, stages) -> None:
+    model = ConvVAE(ConvVAEConfig(2, stages, 8, networks), (1, 16, 32))
+    mean, _ = model.posterior(images(2, (1, 16, 32)))
+    assert mean.shape == (2, 2, 16 // 2**stages, 32 // 2**stages)
+    assert model.decode(mean).shape == (2, 1, 16, 32)
+
+
+@pytest.mark.parametrize("networks", ["fast", "paper"])
+def test_bfloat16_changes_little_and_returns_float32(networks) -> None:
+    model, x = ConvVAE(replace(SMALL, networks=networks), SHAPE), images(8)
+    losses = []
+    for model.autocast in (False, True):
+        torch.manual_seed(0)
+        losses.append(ConvVAEObjective(SCHEDULE, model, 100).backward(model, x, 50)["loss"])
+        assert model.decode(torch.zeros(1, 2, 2, 3)).dtype == torch.float32
+        assert {value.dtype for value in model.posterior(x)} == {torch.float32}
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_only_networks_are_saved() -> None:
+    """The checkpoints of LAVAE's trainings hold one of these."""
+    names = ConvVAE(ConvVAEConfig(), (3, 64, 64)).state_dict()
+    assert {name.split(".")[0] for name in names} == {"encoder", "decoder"}
+
+
+def test_images_of_other_sides_are_encoded_and_drawn(model) -> None:
+    x = images(2, (3, 12, 20))
+    assert model.reconstruct(x).shape == x.shape and log_weights(model, x, 2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 10), (3, 9, 12), (3, 2, 4), (1, 8, 12)])
+def test_images_that_do_not_suit_are_refused(model, shape) -> None:
+    x = torch.rand(2, *shape)
+    for use in (model.check, model.guide, model.reconstruct, model.kl_map):
+        with pytest.raises(UserError, match="multiples of 4|3 channels"):
+            use(x)
+
+
+def test_settings_that_do_not_suit_are_refused(tmp_path) -> None:
+    for networks in ("fast", "paper"):
+        config = make_config("conv-vae", "multi-dsprites", networks)
+        with pytest.raises(UserError, match="multiples of 8"):
+            checkpoint.build(config, (1, 50, 50))
+        config = make_config("conv-vae", "multi-dsprites", networks, ["grid_stages=7"])
+        with pytest.raises(UserError, match="multiples of 128"):
+            checkpoint.build(config, (1, 64, 64))
+    config = make_config("conv-vae", "multi-dsprites", "paper", ["grid_stages=5"])
+    with pytest.raises(UserError, match="4 times at most"):
+        checkpoint.build(config, (1, 64, 64))
+    config = make_config("conv-vae", "multi-dsprites", settings=["networks=dense"])
+    with pytest.raises(UserError, match="fast, paper"):
+        checkpoint.build(config, (1, 64, 64))
+    for setting in ("grid_latent=0", "grid_stages=0", "grid_width=1"):
+        with pytest.raises(UserError, match="at least"):
+            make_config("conv-vae", "multi-dsprites", settings=[setting])
+
+
+# --- trainings -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of 16 x 16 with a square of 4 x 4 anywhere: -log p(x) is log 169 at best."""
+    generator = np.random.default_rng(0)
+    pixels = np.zeros((2000, 16, 16, 1), np.uint8)
+    for image, (row, column) in zip(pixels, generator.integers(0, 13, (2000, 2))):
+        image[row:row + 4, column:column + 4] = 255
+    path = tmp_path_factory.mktemp("data") / "squares.npz"
+    save_npz(path, SceneData.from_images("squares", pixels))
+    return path
+
+
+@pytest.mark.parametrize("preset, settings", [
+    ("fast", ["grid_width=32"]),
+    ("paper", ["grid_width=16", "learning_rate=5e-3", "optimizer=adam"]),
+])
+def test_a_short_training_learns(preset, settings, squares, tmp_path) -> None:
+    settings = settings + ["beta_end=40", "grid_latent=4", "decay_to=0.05"]
+    config = make_config("conv-vae", str(squares), preset, settings, steps=150)
+    history = training.train(config, tmp_path, device="cpu", progress=False)
+    assert {"loss", "kl", "beta", "held-out -ELBO"} <= history.keys()
+    assert history["beta"][1][-1] == 1.0
+    model = checkpoint.load(tmp_path).model
+    assert isinstance(model, ConvVAE)
+    _, held_out = split_held_out(load(str(squares)))
+    result = evaluate(model, held_out, particles=20, progress=False)
+    entropy = math.log(13**2)
+    assert entropy < result["nll"] < 8 * entropy
+    assert result["model"] == "conv-vae" and result["count_accuracy"] is None
+
+
+def test_the_commands_work_without_objects(tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "few.npz"
+    result = CliRunner().invoke(cli.train, [
+        *"--model conv-vae --data multi-dsprites --steps 2 --device cpu --out".split(), str(run),
+        *"--set grid_width=8 --set batch_size=4 --set eval_images=4".split(),
+    ])
+    assert result.exit_code == 0, result.output
+    assert (run / "inference.png").exists() and "count" not in result.output
+    result = CliRunner().invoke(cli.infer, [str(run), "--sample", "3", "--figure", f"{run}/s.png"])
+    assert result.exit_code == 0 and (run / "s.png").exists()
+    save_npz(data, load("multi-dsprites", images=3))
+    result = CliRunner().invoke(cli.evaluate, [
+        str(run), "--data", str(data), "--particles", "2", "--json", f"{run}/figures.json",
+        "--figures", f"{run}/figures",
+    ])
+    assert result.exit_code == 0, result.output
+    figures = json.loads((run / "figures.json").read_text())
+    assert figures["nll"] > 0 and figures["count_accuracy"] is figures["ari"] is None
+    drawn = {path.name for path in (run / "figures").iterdir()}
+    assert drawn == {"inference.png", "samples.png"}
+    result = CliRunner().invoke(cli.infer, [str(run), str(data), "--out", f"{run}/found.json"])
+    assert result.exit_code == 2 and "without objects" in result.output
