@@ -1,0 +1,115 @@
+"""The suite: which cells there are, that it goes on, and that the page says what the files say."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pyro_scenes import cards, checkpoint, cli, suite
+from pyro_scenes.config import make_config
+from pyro_scenes.data import make
+from pyro_scenes.data.files import write_json
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import evaluate
+from pyro_scenes.suite import Cell
+from pyro_scenes.training import train
+
+TINY = ("location_width=8", "location_blocks=1", "appearance_width=4", "appearance_hidden=8",
+        "sprite_hidden=8", "latent=2", "batch_size=4", "eval_images=4", "warmup_full=0",
+        "warmup_end=0", "one_object=9", "one_object_end=9")  # fmt: skip
+SETS = {"multi-dsprites", "multi-sprites"}  # the tests have no MNIST
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> Path:
+    """A folder with one tiny checkpoint of two seeds."""
+    folder = tmp_path_factory.mktemp("shipped")
+    runs = []
+    for seed in (0, 1):
+        config = make_config("lavae", "multi-dsprites", settings=TINY, steps=2, seed=seed)
+        runs.append(folder / str(seed))
+        train(config, runs[-1], device="cpu", progress=False)
+    cards.ship("tiny", runs, folder=folder, images=6, particles=2, device="cpu")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def home(shipped: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHIPPED", shipped)
+    known = {name: spec for name, spec in suite.DATASETS.items() if name in SETS}
+    monkeypatch.setattr(suite, "DATASETS", known)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.evaluate, ["--suite", "--images", "6", "--particles", "2",
+                                             *arguments])
+
+
+def test_a_checkpoint_is_measured_on_all_that_it_reads_and_that_fits() -> None:
+    found = list(suite.cells(checkpoint.load("tiny"), "tiny", None))
+    # Three channels: not the grey set. As many crowded kinds as the canvas has room for.
+    assert {cell.data for cell in found} == {"multi-dsprites"}
+    assert [cell.objects for cell in found] == [(0, 3), (5, 5), (7, 7), (9, 9), (12, 12)]
+
+
+def test_cells_hold_what_evaluate_says() -> None:
+    result = run()
+    assert result.exit_code == 0, result.output
+    cell = json.loads(Cell("tiny", "multi-dsprites", (0, 3)).file(Path("results")).read_text())
+    model = checkpoint.load("tiny").model
+    scenes = make("multi-dsprites", 6)
+    again = evaluate(model, scenes, particles=2, limit=math.inf, progress=False)
+    for key in ("nll", "nll_stderr", "count_accuracy", "ari", "split", "entropy"):
+        assert cell[key] == again[key]
+    crowded = json.loads(Cell("tiny", "multi-dsprites", (7, 7)).file(Path("results")).read_text())
+    assert crowded["nll"] is None and crowded["count_accuracy"] is not None
+    page = Path("RESULTS.md").read_text()
+    assert f"{cell['nll']:.1f} +- {cell['nll_stderr']:.1f} (bernoulli)" in page
+    assert f"| {crowded['count_accuracy']:.4f} |" in page and "43.9 +- 1.0" in page
+    assert cards.spread(_figures(), "nll", 1) in suite.head(Path("results"))
+
+
+def _figures() -> list[dict]:
+    runs = json.loads((checkpoint.SHIPPED / "tiny.json").read_text())["runs"]
+    return [entry["figures"]["0-3 objects"] for entry in runs]
+
+
+def test_it_goes_on_where_it_stopped_and_measures_anew_what_changed() -> None:
+    assert run().output.count("results/") == 5
+    assert "results/" not in run("tiny").output  # all is there
+    kept = Cell("tiny", "multi-dsprites", (5, 5)).file(Path("results"))
+    kept.unlink()
+    assert run().output.count("results/") == 1
+    # Weights that were shipped anew.
+    write_json(kept, json.loads(kept.read_text()) | {"weights": "others"})
+    assert run().output.count("results/") == 1
+    # More is asked for.
+    again = CliRunner().invoke(cli.evaluate, ["--suite", "--images", "7", "--particles", "2"])
+    assert again.output.count("results/") == 5
+
+
+def test_a_failure_is_kept_and_shown(monkeypatch) -> None:
+    def fail(*arguments, **options) -> dict:
+        raise UserError("an image shows too many objects")
+
+    monkeypatch.setattr(suite, "evaluate", fail)
+    assert run().exit_code == 0
+    assert "an image shows too many objects" in Path("RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("arguments,reason", [
+    (("nothing",), "nothing is no shipped checkpoint"),
+    (("tiny", "--data", "multi-dsprites"), "--suite chooses the data"),
+    (("--readme", "absent.md"), "absent.md has no lines"),
+])
+def test_bad_input_is_one_line(arguments: tuple[str, ...], reason: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and reason in result.output and "Traceback" not in result.output
+
+
+def test_readme_goes_with_the_suite() -> None:
+    result = CliRunner().invoke(cli.evaluate, ["tiny", "--data", "multi-dsprites", "--readme", "x"])
+    assert result.exit_code == 2 and "--readme goes with --suite" in result.output
