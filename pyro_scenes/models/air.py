@@ -98,7 +98,6 @@ class AIR(Attend):
         super().__init__()
         c, channels = config, image_shape[0]
         self.config, self.image_shape, self.steps = config, image_shape, c.max_objects
-        self.autocast = False  # nothing here gains from bfloat16
         if c.networks not in ("fast", "paper"):
             raise UserError("networks must be fast or paper")
         # generative model: p(n) for z_pres, p(z_where), p(z_what), p(x | C_T) and f_dec

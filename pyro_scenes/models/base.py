@@ -25,10 +25,12 @@ class GenerativeModel(PyroModule):
 
     :ivar image_shape: (C, H, W) of the images that it was made for.
     :ivar likelihood: p(x given its mean), with ``name`` and ``binary``, see likelihoods.py.
+    :ivar autocast: whether its networks may use bfloat16; a training sets it.
     """
 
     image_shape: tuple[int, int, int]
     likelihood: nn.Module
+    autocast: bool = False
 
     def model(self, x: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no model")

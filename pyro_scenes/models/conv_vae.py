@@ -92,7 +92,6 @@ class ConvVAE(GenerativeModel):
     def __init__(self, config: ConvVAEConfig, image_shape: tuple[int, int, int]):
         super().__init__()
         self.config, self.image_shape = config, image_shape
-        self.autocast = False  # networks in bfloat16; a training may set it
         if config.networks not in NETWORKS:
             raise UserError(f"networks must be one of {', '.join(NETWORKS)}")
         if config.networks != "auxiliary":  # LAVAE makes one, used or not, whatever the images

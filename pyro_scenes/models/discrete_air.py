@@ -147,7 +147,6 @@ class DiscreteAIR(Attend):
         self.temperature: float | None = None
         self.attributes_on = 1.0
         self.start: Tensor | None = None
-        self.autocast = False  # nothing here gains from bfloat16
         if c.networks not in ("fast", "paper") or c.combine not in ("add", "multiply"):
             raise UserError("networks must be fast or paper, and combine add or multiply")
         where = 7 if c.shear else 5

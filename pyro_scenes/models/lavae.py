@@ -169,7 +169,6 @@ class LAVAE(SceneModel):
         self.temperature: float | None = None  # of the places' gradient; a training sets it
         self.slope: float | None = None  # limits that gradient, see place_sprites; likewise
         self.reach: int | None = None  # of that gradient round a place, pixels; likewise
-        self.autocast = False  # inference networks in bfloat16; a training may set it
         for name in ("sprite", "crop", "count_window", "blocked_window"):
             if getattr(config, name) % 2 == 0:
                 raise UserError(f"{name} must be odd, so that it has a centre pixel")
