@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,9 +155,9 @@ def head(folder: Path) -> str:
             cards.spread(figures, "count_accuracy", 4), paper.get("count", "-"),
             cards.spread(crowded, "count_accuracy", 4),
             cards.spread(figures, "category_correspondence", 4), paper.get("correspondence", "-"),
-            cards.spread(figures, "ari", 3), _number(measured, "seconds_per_1000", 1),
+            _number(measured, "ari", 3), _number(measured, "seconds_per_1000", 1),
         ))
-    return "\n".join(cards.table_lines(headings, sorted(rows)))
+    return "\n".join(_table(headings, sorted(rows)))
 
 
 def page(folder: Path) -> str:
@@ -168,8 +168,9 @@ def page(folder: Path) -> str:
         " table figures are means over the seeds that the cards list, with their standard"
         " deviations. -log p(x) is an importance-weighted bound in nats an image, under the"
         " likelihood beside it: those of different names do not compare. The entropy of the data"
-        " is its limit. ARI is of the foreground. Seconds are of counts, places, categories and"
-        " segmentations on the machine that ran the suite.", "",
+        " is its limit. ARI of the foreground, entropy and seconds are of the shipped weights and of"
+        " fewer scenes, see below; seconds are of counts, places, categories and segmentations, on"
+        " the machine that ran the suite.", "",
         head(folder),
     ]
     headings = (
@@ -196,7 +197,7 @@ def page(folder: Path) -> str:
             ))
         if rows:
             lines += ["", f"## {data}", "", _asked(folder, data), ""]
-            lines += cards.table_lines(headings, rows)
+            lines += _table(headings, rows)
     lines += ["", "## Where the nats go", "", "Parts of the bound of one sample, in nats an image,"
               " and how many samples of the importance weights count.", ""]
     rows = []
@@ -208,9 +209,16 @@ def page(folder: Path) -> str:
             curve = ", ".join(f"{point['nll']:.1f}" for point in own["curve"])
             sizes = ", ".join(f"{point['particles']:,}" for point in own["curve"])
             rows.append((name, parts, f"{curve} (K = {sizes})", _number(own["ess"], "mean", 1)))
-    lines += cards.table_lines(("checkpoint", "parts", "bound by samples", "samples that count"),
-                               rows)
+    lines += _table(("checkpoint", "parts", "bound by samples", "samples that count"), rows)
     return "\n".join(lines) + "\n"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, without the columns that apply to no row."""
+    used = [i for i in range(len(headings)) if any(row[i] != "-" for row in rows)]
+    return cards.table_lines(
+        [headings[i] for i in used], [[row[i] for i in used] for row in rows]
+    )
 
 
 def _contents() -> dict[str, dict]:
