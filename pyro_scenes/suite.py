@@ -168,9 +168,9 @@ def page(folder: Path) -> str:
         " table figures are means over the seeds that the cards list, with their standard"
         " deviations. -log p(x) is an importance-weighted bound in nats an image, under the"
         " likelihood beside it: those of different names do not compare. The entropy of the data"
-        " is its limit. ARI of the foreground, entropy and seconds are of the shipped weights and of"
-        " fewer scenes, see below; seconds are of counts, places, categories and segmentations, on"
-        " the machine that ran the suite.", "",
+        " is its limit. Entropy, seconds and the ARI of the foreground are of the shipped weights"
+        " and of fewer scenes, see below; seconds are of counts, places, categories and"
+        " segmentations, on the machine that ran the suite.", "",
         head(folder),
     ]
     headings = (
