@@ -81,9 +81,9 @@ def run(
     folder: Path,
     names: Iterable[str],
     *,
-    images: int = 1000,
-    nll_images: int = 1000,
-    particles: int = 100,
+    images: int,
+    nll_images: int,
+    particles: int,
     mnist: Path | None = None,
     device: str = "auto",
 ) -> Iterator[str]:
@@ -93,6 +93,7 @@ def run(
     Files of checkpoints that were shipped anew since are measured again.
 
     :param names: of shipped checkpoints. :param images: test scenes of a cell.
+    :param nll_images: of those, the likelihood of so many. :param particles: an image.
     """
     for name in names:
         trained = checkpoint.load(name, device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pyro_scenes import cards, checkpoint, cli, report
+from pyro_scenes import cards, checkpoint, cli, report, suite
 from pyro_scenes.config import make_config
 from pyro_scenes.data import load
 from pyro_scenes.errors import UserError
@@ -198,3 +198,10 @@ def test_shipped_cards_and_the_readme_say_what_the_figures_say() -> None:
     for path in shipped:
         assert path.with_suffix(".md").read_text() == cards._card(json.loads(path.read_text()))
     assert cards.table() in (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_results_say_what_their_files_say() -> None:
+    """Of the suite, in the repository: no figure there is typed."""
+    root = Path(__file__).parent.parent
+    assert suite.page(root / "results") == (root / "RESULTS.md").read_text()
+    assert suite.head(root / "results") in (root / "README.md").read_text()

@@ -62,7 +62,8 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
     if whole_suite:
         if data or objects or priors or out or curve or figures:
             raise click.UsageError("--suite chooses the data and the files itself")
-        _suite(checkpoint, images or 1000, nll_images, particles, device, mnist, readme)
+        images = images or 1000
+        _suite(checkpoint, images, nll_images or min(images, 100), particles, device, mnist, readme)
         return
     if readme:
         raise click.UsageError("--readme goes with --suite")
@@ -110,7 +111,7 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
         plots.save(figure, path)
 
 
-def _suite(checkpoint: str | None, images: int, nll_images: int | None, particles: int,
+def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
            device: str, mnist: Path | None, readme: Path | None) -> None:
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import report, suite
@@ -121,7 +122,7 @@ def _suite(checkpoint: str | None, images: int, nll_images: int | None, particle
     if not set(names) <= checkpoints.shipped().keys():
         raise UserError(f"{checkpoint} is no shipped checkpoint; svi-eval --list shows those")
     folder = Path("results")
-    for line in suite.run(folder, names, images=images, nll_images=nll_images or images,
+    for line in suite.run(folder, names, images=images, nll_images=nll_images,
                           particles=particles, mnist=mnist, device=device):
         click.echo(line)
     with atomic_write(Path("RESULTS.md")) as file:
