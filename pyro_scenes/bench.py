@@ -13,7 +13,7 @@ median with the least and the most. Compared are
 - if asked for, Pyro's own AIR beside ours, both presets, see `pyro_air.py`.
 
 Besides: images generated a second, particles times images a second of the importance-weighted
-bound (`bounds.iwae`), and the most memory that the process ever held.
+bound (`bounds.measure`), and the most memory that the process ever held.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scenes import checkpoint, plain, pyro_air
-from pyro_scenes.bounds import iwae
+from pyro_scenes.bounds import measure
 from pyro_scenes.config import make_config
 from pyro_scenes.data import SceneData, make
 from pyro_scenes.machine import machine
@@ -162,13 +162,13 @@ def run(device: str = "auto", quick: bool = False, air_folder: Path | None = Non
             "paper's networks": (paper.step, size.paper_batch),
             "fast preset's": (fast.step, size.batch),
         }, size.slow_rounds, target)
-        model, x = fast.model.eval(), fast.x[:size.evaluated]
+        model, scenes = fast.model.eval(), data[:size.evaluated]
         model.temperature = None
         rates = take_turns({
             "images generated":
                 (lambda: make(DATA, size.generated, segmentation=False), size.generated),
             "particles x images evaluated":
-                (lambda: iwae(model, x, size.particles), size.particles * len(x)),
+                (lambda: measure(model, scenes, size.particles), size.particles * len(scenes)),
         }, size.slow_rounds, target)
         with pyro_air.apart():
             air = take_turns(airs, size.rounds, target)
