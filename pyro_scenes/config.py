@@ -51,7 +51,7 @@ TRAINING = {
     "discrete-air": {"fast": TrainConfig(steps=1500), "paper": AIR_PAPER},
     "air": {"fast": TrainConfig(steps=2000), "paper": AIR_PAPER},
     "conv-vae": {
-        "fast": TrainConfig(steps=10_000),
+        "fast": TrainConfig(steps=7000, beta2=0.999),
         "paper": TrainConfig(  # as LAVAE's, but for the steps after beta has risen
             steps=200_000,
             optimizer="adamax",

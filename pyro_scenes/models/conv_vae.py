@@ -187,7 +187,7 @@ def _fast(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Module]:
         nn.Conv2d(width, 4 * fine, 1),
         nn.PixelShuffle(2),
         nn.SiLU(),
-        ConvBlock(fine, fine),
+        ResidualBlock(fine),
         pixels,
         nn.PixelShuffle(block),
         Means(),

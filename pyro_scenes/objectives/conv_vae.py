@@ -20,12 +20,12 @@ LEAST = 1e-6  # beta at first: Pyro refuses a scale of 0
 class ConvVAESchedule:
     """Annealing of the convolutional VAE's training; defaults are the fast preset's. In steps."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.5  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end
     beta_begin: int = 0  # beta is 0 up to this step,
-    beta_end: int = 1000  # rises in a straight line, and is 1 from this one on
+    beta_end: int = 3500  # rises in a straight line, and is 1 from this one on
 
 
 PRESETS = {
