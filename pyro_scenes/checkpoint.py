@@ -16,6 +16,7 @@ import torch
 from pyro_scenes.config import RunConfig
 from pyro_scenes.data.files import atomic_write
 from pyro_scenes.errors import UserError
+from pyro_scenes.machine import keep_memory
 from pyro_scenes.models import MODELS, GenerativeModel
 
 FORMAT = "pyro_scenes checkpoint 1"
@@ -119,7 +120,11 @@ def shipped() -> dict[str, Path]:
 
 
 def resolve(device: str) -> torch.device:
-    """:raises UserError: if cuda is asked for and there is none."""
+    """The device of that name, and the process made ready to compute (`machine.keep_memory`).
+
+    :raises UserError: if cuda is asked for and there is none.
+    """
+    keep_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
