@@ -238,8 +238,21 @@ class Flow(Fitted):
         return dist.TransformedDistribution(base, layers)
 
 
-def _identity_spline(size: int) -> transforms.Spline:
-    spline = transforms.Spline(size, BINS, BOUND)
+class BoundedSpline(transforms.Spline):
+    """Pyro's spline, which sees nothing beyond its bounds.
+
+    There it is the identity, but Pyro's goes through the formula of the last bin first, which has
+    a pole somewhere out there: a value near it makes all gradients NaN.
+    """
+
+    def spline_op(self, x: Tensor, **options) -> tuple[Tensor, Tensor]:
+        outside = x.abs() > self.bound
+        y, log_slope = super().spline_op(x.masked_fill(outside, 0.0), **options)
+        return torch.where(outside, x, y), log_slope.masked_fill(outside, 0.0)
+
+
+def _identity_spline(size: int) -> BoundedSpline:
+    spline = BoundedSpline(size, BINS, BOUND)
     for parameter in spline.parameters():
         nn.init.zeros_(parameter)  # bins of one width and height
     # Softplus makes it the slope between bins: 1.

@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from pyro import poutine
+from pyro.distributions import transforms
 from scipy import stats
 from scipy.special import logsumexp
 from torch import Tensor, nn
@@ -30,7 +31,15 @@ from pyro_scenes.models.air import AIR, AIRConfig
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.discrete_air import DiscreteAIR, DiscreteAIRConfig
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
-from pyro_scenes.priors import Count, Flow, GaussianMixture, StandardNormal, UniformCount, make
+from pyro_scenes.priors import (
+    BoundedSpline,
+    Count,
+    Flow,
+    GaussianMixture,
+    StandardNormal,
+    UniformCount,
+    make,
+)
 
 SHAPE = (3, 8, 12)
 CONFIG = LAVAEConfig(
@@ -165,6 +174,46 @@ def test_a_flow_does_not_remember_earlier_parameters() -> None:
     other.load_state_dict(flow.state_dict())
     assert torch.equal(flow().log_prob(z), other().log_prob(z))
     assert not torch.allclose(flow().log_prob(z), before, atol=1e-2)
+
+
+def test_a_spline_has_gradients_at_the_pole_of_pyros(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, pyros = BoundedSpline(64, 8, 4.0), transforms.Spline(64, 8, 4.0)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    pyros.load_state_dict(ours.state_dict())
+    # Pyro divides by what is linear in x beyond the bounds: first where it is 0, then where it is
+    # 0 in float32.
+    divisors: list[Tensor] = []
+    magnitude = torch.abs
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "abs", lambda t: (divisors.append(t.detach()), magnitude(t))[1])
+        pyros.spline_op(torch.tensor([[5.0], [6.0]]).expand(2, 64), inverse=True)
+        at_5, at_6 = divisors.pop()
+        near = (5.0 - at_5 / (at_6 - at_5)).view(torch.int32) + torch.arange(-3000, 3000)[:, None]
+        x = near.int().view(torch.float32)
+        pyros.spline_op(x, inverse=True)
+    x = x[((divisors.pop() == 0) & (x > 4.0)).any(1)].requires_grad_()
+    assert len(x)
+    for spline, fine in ((pyros, False), (ours, True)):
+        y, slope = spline.spline_op(x, inverse=True)
+        gradient, *others = torch.autograd.grad(y.sum() + slope.sum(), [x, *spline.parameters()])
+        assert bool(gradient.isfinite().all()) == fine
+        assert all(bool(other.isfinite().all()) for other in others) == fine
+        outside = x.abs() > 4.0
+        assert torch.equal(y[outside], x[outside]) and (slope[outside] == 0).all()
+
+
+def test_a_bounded_spline_is_pyros_within_its_bounds() -> None:
+    ours, pyros = BoundedSpline(3, 8, 4.0), transforms.Spline(3, 8, 4.0)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    pyros.load_state_dict(ours.state_dict())
+    x = torch.rand(200, 3) * 8.0 - 4.0
+    for inverse in (False, True):
+        for ours_, pyros_ in zip(
+            ours.spline_op(x, inverse=inverse), pyros.spline_op(x, inverse=inverse), strict=True
+        ):
+            assert torch.equal(ours_, pyros_)
 
 
 # --- fits ----------------------------------------------------------------------------------------
