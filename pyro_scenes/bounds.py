@@ -27,14 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_scenes.data import SceneData
+from pyro_scenes.machine import keep_memory
 from pyro_scenes.models import GenerativeModel
 
 # Particles times images at a time. On a CPU, larger tensors than those of so many images are memory
 # that the system gives and takes back at every operation, which takes as long as the arithmetic.
 CHUNKS = {"cpu": 100, "cuda": 1000}
-# Even these are given back unless the C library has seen a larger block freed: glibc then keeps up
-# to twice as much, and learns this from blocks of 32 MiB at most. Bytes.
-KEPT = 31 << 20
 RECONSTRUCTION = "reconstruction"
 
 
@@ -118,7 +116,7 @@ def measure(
     device = next(model.parameters()).device
     chunk = chunk or CHUNKS[device.type]
     size = max(1, chunk // particles)
-    torch.empty(KEPT, dtype=torch.uint8)  # and freed at once
+    keep_memory()
     parts = []
     with tqdm(total=len(data), desc="likelihood", unit="image", disable=not progress) as bar:
         for start in range(0, len(data), size):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import pyro
 import pytest
@@ -13,7 +14,10 @@ from click.testing import CliRunner
 from pyro import poutine
 from torch import Tensor
 
-from pyro_scenes import bench, cli, plain, pyro_air
+from pyro_scenes import bench, checkpoint, cli
+from pyro_scenes.bench import floors, growth, plain, pyro_air, turns
+from pyro_scenes.bench.late import Told, Trainer
+from pyro_scenes.bench.turns import take_turns
 from pyro_scenes.data import SceneData, make
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
 from pyro_scenes.objectives.base import temporarily
@@ -47,7 +51,7 @@ def told(counts: list[int], max_objects: int = 3) -> tuple[LAVAE, Tensor]:
         for place in PLACES[:count]:
             # Other places stay likely enough for their gradient to count in the sums compared.
             peaks[(image, *place)] = 2.5
-    model.location_net = bench.Told(model.location_net, peaks)
+    model.location_net = Told(model.location_net, peaks)
     torch.nn.init.normal_(model.count_prior.logits)
     model.double().train()
     model.temperature = 0.7
@@ -168,7 +172,7 @@ def scenes() -> SceneData:
 def test_an_untrained_model_finds_the_places_that_it_is_told(
     preset: str, scenes: SceneData
 ) -> None:
-    trainer = bench.Trainer(preset, scenes[:6], torch.device("cpu"))
+    trainer = Trainer(preset, scenes[:6], torch.device("cpu"))
     found = trainer.model.infer(trainer.x[:4])  # the first images of the batch
     assert found.counts.tolist() == scenes.counts[:4].tolist()
     for image in range(4):
@@ -182,7 +186,7 @@ def test_an_untrained_model_finds_the_places_that_it_is_told(
 def test_a_step_moves_every_parameter_in_the_precision_asked_for(
     by_hand: bool, bfloat16: bool, scenes: SceneData
 ) -> None:
-    trainer = bench.Trainer("fast", scenes[3:5], torch.device("cpu"), bfloat16, by_hand)
+    trainer = Trainer("fast", scenes[3:5], torch.device("cpu"), bfloat16, by_hand)
     seen = []
     for net in (trainer.model.location_net.net.trunk, trainer.model.appearance_net.convolutions):
         net.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -197,14 +201,14 @@ def test_contestants_take_turns_and_the_first_round_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
     called = []
 
     def call(name: str) -> None:
         called.append(name)
         clock[0] += len(called) + (100 if len(called) <= 2 else 0)
 
-    seconds = bench.take_turns(
+    seconds = take_turns(
         {name: (lambda name=name: call(name), amount) for name, amount in (("a", 1), ("b", 10))},
         2, torch.device("cpu"),
     )
@@ -212,7 +216,31 @@ def test_contestants_take_turns_and_the_first_round_does_not_count(
     assert seconds == {"a": [4.0, 5.0], "b": [0.3, 0.6]}
 
 
-def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def spread(middle: float) -> dict[str, float]:
+    return {"median": middle, "min": middle / 2, "max": 2 * middle}
+
+
+ARITHMETIC = {
+    "rate": {"torch.float32": spread(5e10)},
+    "steps": {"lavae-x": {"operations": {"torch.float32": 3_000_000_000}, "batch": 64,
+                          "seconds": spread(0.25), "floor": spread(0.24)}},
+}
+GROWTH = [
+    {"of": "canvas", "side": 64, "objects": 3, "batch": 8, "seconds_per_image": spread(0.002)},
+    {"of": "particles", "side": 64, "objects": 7, "particles": 9, "seconds_per_image": spread(1.5)},
+]
+
+
+@pytest.fixture
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of the benchmark with measurements of their own, made up."""
+    monkeypatch.setattr(floors, "compare", lambda rounds, device: ARITHMETIC)
+    monkeypatch.setattr(growth, "costs", lambda axes, rounds, device: GROWTH)
+
+
+def test_ratios_are_taken_within_a_round(
+    monkeypatch: pytest.MonkeyPatch, arithmetic: None
+) -> None:
     turns = {
         "ours, bfloat16": [2.0, 4.0, 9.0], "plain torch, bfloat16": [1.0, 4.0, 3.0],
         "ours, float32": [6.0, 4.0, 9.0], "plain torch, float32": [6.0, 2.0, 6.0],
@@ -238,10 +266,17 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     line = next(line for line in printed if line.startswith("  ours / plain torch, bfloat16"))
     assert line.split()[5:] == ["2.00", "(1.00", "to", "3.00)", "goal:", "at", "most", "1.15"]
     assert "  ours, bfloat16" in [line[:16] for line in printed if "4000.00" in line]
+    line = next(line for line in printed if line.startswith("  lavae-x"))
+    assert line.split()[1:6] == ["24%", "(12%", "to", "48%)", "of"] and "3.0 billion" in line
+    assert any("float32" in line and line.endswith(" 50") for line in printed)
+    costs = {line[:43].strip(): float(line[43:]) for line in printed if " objects, " in line}
+    assert costs == {
+        "64 x 64, 3 objects, step, batch 8": 2.0, "64 x 64, 7 objects, bound, particles 9": 1500.0
+    }
 
 
 def test_the_benchmark_leaves_torchs_random_numbers_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, arithmetic: None
 ) -> None:
     monkeypatch.setattr(bench, "take_turns", lambda work, rounds, device: {n: [1.0] for n in work})
     torch.manual_seed(5)
@@ -249,6 +284,100 @@ def test_the_benchmark_leaves_torchs_random_numbers_alone(
     torch.manual_seed(5)
     bench.run("cpu", quick=True)
     assert torch.equal(torch.rand(3), expected)
+
+
+# --- the arithmetic of a step, and how its cost grows -----------------------------------------
+
+
+def test_operations_by_hand() -> None:
+    layer, x = torch.nn.Linear(5, 7), torch.randn(3, 5, requires_grad=True)
+    with floors.Operations() as operations:
+        layer(x).square().sum().backward()
+    # A product for the values, one for the gradient of the weights and one for that of x.
+    assert operations.counted == {torch.float32: 3 * 2 * 3 * 5 * 7}
+    net, image = torch.nn.Conv2d(2, 4, 3, padding=1), torch.randn(1, 2, 6, 8)
+    with floors.Operations() as operations:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(image)
+        y.float().sum().backward()
+    # Nothing wants the gradient of the image.
+    assert operations.counted == {torch.bfloat16: 2 * 2 * (6 * 8) * (3 * 3) * (2 * 4)}
+
+
+def test_a_floor_is_the_operations_at_the_rate_of_their_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Step:
+        def __init__(self, name: str, device: torch.device):
+            self.run = Namespace(config=Namespace(train=Namespace(batch_size=4)))
+
+        def __call__(self) -> None: ...
+
+        def operations(self) -> dict[torch.dtype, int]:
+            return {torch.float32: 100, torch.bfloat16: 1000}
+
+    turns = {
+        "air-multi-sprites": [500.0, 800.0],
+        "torch.float32": [1.0, 2.0], "torch.bfloat16": [0.1, 0.2],
+    }
+    monkeypatch.setattr(floors, "TRAININGS", ("air-multi-sprites", "not-there"))
+    monkeypatch.setattr(floors, "LastStep", Step)
+    monkeypatch.setattr(
+        floors, "take_turns", lambda work, rounds, device: {name: turns[name] for name in work}
+    )
+    measured = floors.compare(2, torch.device("cpu"))
+    (step,) = measured["steps"].values()
+    assert step["floor"] == {"median": 0.45, "min": 0.4, "max": 0.5}
+    assert step["operations"] == {"torch.float32": 100, "torch.bfloat16": 1000}
+    assert measured["rate"]["torch.bfloat16"] == {"median": 7.5, "min": 5.0, "max": 10.0}
+    assert json.loads(json.dumps(measured)) == measured
+
+
+def test_the_last_step_of_a_shipped_training_is_taken_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(floors, "IMAGES", 80)
+    step = floors.LastStep("air-multi-sprites", torch.device("cpu"))
+    shipped = checkpoint.load("air-multi-sprites")
+    before = [p.detach().clone() for p in step.run.model.parameters()]
+    assert all(map(torch.equal, before, shipped.model.parameters()))
+    for _ in range(2):
+        step()
+        assert step.run.step == shipped.config.train.steps
+    assert not any(map(torch.equal, before, step.run.model.parameters()))
+    assert step.operations()[torch.float32] > 1e8
+
+
+def test_scenes_of_any_size_show_the_objects_that_they_say() -> None:
+    for side, objects in ((64, 3), (64, 16), (80, 36)):
+        data = growth.scenes(side, objects, 2)
+        trainer = Trainer("fast", data, torch.device("cpu"), settings=[f"max_objects={objects}"])
+        with torch.no_grad():
+            assert trainer.model.encode(trainer.x).count.tolist() == [objects] * 2
+    assert (growth.room(64), growth.room(80)) == (16, 36)
+
+
+def test_costs_are_of_the_sizes_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def once(work, rounds: int, device: torch.device) -> dict[str, list[float]]:
+        for call, _ in work.values():
+            call()
+        calls.append(rounds)
+        return {name: [float(amount)] for name, (_, amount) in work.items()}
+
+    monkeypatch.setattr(growth, "take_turns", once)
+    axes = growth.Axes(
+        sides=(28, 40), objects=(2, 7), batches=(1,), particles=(3,), batch=2, images=1
+    )
+    rows = growth.costs(axes, 5, torch.device("cpu"))
+    assert calls == [5]
+    assert [(row["of"], row["side"], row["objects"]) for row in rows] == [
+        ("canvas", 28, 2), ("canvas", 40, 2), ("canvas", 40, 7), ("batch", 28, 2),
+        ("particles", 28, 2),
+    ]
+    assert [row["seconds_per_image"]["median"] for row in rows] == [2.0, 2.0, 2.0, 1.0, 1.0]
+    assert rows[3]["batch"] == 1 and rows[4]["particles"] == 3
 
 
 # --- Pyro's own AIR: a stand-in that the tests write ------------------------------------------
@@ -325,7 +454,7 @@ def test_both_airs_train_in_turn_and_the_store_of_parameters_stays_ours(air_fold
         assert model.likelihood.sigma == shared["likelihood_sd"]
     before = {n: {k: p.detach().clone() for k, p in of.items()} for n, of in parameters.items()}
     with torch.random.fork_rng(), pyro.validation_enabled(False), pyro_air.apart():
-        seconds = bench.take_turns(work, 1, torch.device("cpu"))
+        seconds = take_turns(work, 1, torch.device("cpu"))
         assert set(pyro.get_param_store()) == {"net$$$weight", "net$$$bias"}
     assert list(seconds) == ["Pyro's AIR", "our AIR, fast", "our AIR, paper"]
     for name, of in parameters.items():
@@ -343,7 +472,7 @@ def test_the_prior_of_pyros_air_is_geometric_up_to_the_limit() -> None:
 
 
 def test_the_ratios_with_pyros_air_are_printed_and_written(
-    air_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    air_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arithmetic: None
 ) -> None:
     turns = {"Pyro's AIR": [8.0, 6.0], "our AIR, fast": [2.0, 1.0], "our AIR, paper": [4.0, 6.0]}
     monkeypatch.setattr(

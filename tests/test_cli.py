@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from pyro_scenes import __version__, bench, cli, report, training
+from pyro_scenes.bench import floors, growth
 from pyro_scenes.checkpoint import load
 from pyro_scenes.data import DATASETS, load_npz
 from pyro_scenes.errors import UserError
@@ -442,8 +443,14 @@ def test_the_benchmark_prints_and_writes_its_ratios(
 ) -> None:
     tiny = bench.Size(1, 1, batch=2, paper_batch=1, generated=8, particles=2, evaluated=1)
     monkeypatch.setattr(bench, "QUICK", tiny)
-    result = succeeded("svi-bench --quick --device cpu --json new.json")
-    measured = json.loads(Path("new.json").read_text())["ratios"]
+    axes = growth.Axes(sides=(28,), objects=(2,), batches=(1,), particles=(2,), batch=1, images=1)
+    monkeypatch.setattr(growth, "QUICK", axes)
+    monkeypatch.setattr(floors, "TRAININGS", ("air-multi-sprites",))
+    result = succeeded("svi-bench --quick --device cpu --json new.json --figure new.png")
+    assert Path("new.png").read_bytes().startswith(b"\x89PNG")
+    measured = json.loads(Path("new.json").read_text())
+    assert 0 < measured["arithmetic"]["steps"]["air-multi-sprites"]["floor"]["median"] < 1
+    measured = measured["ratios"]
     assert measured and all(name in result.stdout for name in measured)
     assert all(row["median"] > 0 for row in measured.values())
 

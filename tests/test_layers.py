@@ -13,11 +13,11 @@ LAYERS = {
     "attention": 1,
     "data": 1,
     "models": 2,
-    "objectives": 3, "bounds": 3, "pictures": 3, "plain": 3, "swaps": 3,
+    "objectives": 3, "bounds": 3, "pictures": 3, "swaps": 3,
     "evaluate": 4, "config": 4,
     "checkpoint": 5,
     "training": 6, "report": 6,
-    "pyro_air": 7, "cards": 7, "page": 7,
+    "cards": 7, "page": 7,
     "bench": 8, "suite": 8,
     "cli": 9,
 }

@@ -379,6 +379,22 @@ def test_figures_leave_no_state_behind():
     assert plt.get_fignums() == []
 
 
+def test_costs_have_a_line_for_each_canvas():
+    points = [
+        {"side": side, "objects": objects, "seconds_per_image": dict.fromkeys(
+            ("median", "min", "max"), 1e-6 * side * objects)}
+        for side, objects in ((64, 3), (256, 3), (256, 7))
+    ]
+    (axes,) = plots.growth_figure(points).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {
+        "64 x 64 pixels": [[3, pytest.approx(0.192)]],
+        "256 x 256 pixels": [[3, pytest.approx(0.768)], [7, pytest.approx(1.792)]],
+    }
+    with pytest.raises(ValueError, match="point"):
+        plots.growth_figure([])
+
+
 @pytest.mark.parametrize("name, start", [
     ("a.png", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml"),
 ])

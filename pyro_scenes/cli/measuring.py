@@ -136,23 +136,28 @@ def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
 @click.option("--quick", is_flag=True, help="Fewer and smaller measurements.")
 @click.option("--json", "out", type=FILE, metavar="FILE", help="Write the measurements.")
 @click.option("--readme", type=FILE, metavar="FILE", help="Put the table into a page.")
+@click.option("--figure", type=FILE, metavar="FILE",
+              help="Draw LAVAE's cost against objects and canvas.")
 @click.option("--pyro-air", type=FILE, metavar="DIR",
               help="Compare our AIR with Pyro's own too: examples/air of a checkout of Pyro.")
 @device_option
 @force_option
 @version_option
-def bench(quick: bool, out: Path | None, readme: Path | None, pyro_air: Path | None, device: str,
-          force: bool) -> None:
+def bench(quick: bool, out: Path | None, readme: Path | None, figure: Path | None,
+          pyro_air: Path | None, device: str, force: bool) -> None:
     """Time training and evaluation on this machine."""
     from pyro_scenes import bench as benchmarks
-    from pyro_scenes import report
+    from pyro_scenes import plots, report
     from pyro_scenes.data.files import write_json
 
-    report.claim([out], [], force)
+    report.claim([out], [figure], force)
     result = benchmarks.run(device, quick, pyro_air)
     click.echo(benchmarks.table(result))
     if out:
         write_json(out, result)
+    if figure:
+        canvases = [row for row in result["growth"] if row["of"] == "canvas"]
+        plots.save(plots.growth_figure(canvases), figure)
     if readme:
         report.insert(readme, "svi-bench", f"```\n{benchmarks.table(result)}\n```")
 

@@ -1,4 +1,4 @@
-"""Curves of a training, and of a bound as particles are added."""
+"""Curves of a training, of a bound as particles are added, and of costs as problems grow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pyro_scenes.plots.sheet import DPI, FONT, INK
 
 CURVE = "#1f5fa8"
+SHADES = colormaps["Blues"]
 
 
 def training_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
@@ -81,6 +83,40 @@ def bound_figure(curve: Sequence[Mapping[str, Any]], entropy: float | None = Non
     figure.legend(loc="outside upper center", fontsize=FONT - 1, frameon=False, labelcolor=INK)
     axes.set_ylabel("-log p(x) <=, nats per image", fontsize=FONT, color=INK)
     _dress(axes, "particles")
+    return figure
+
+
+def growth_figure(growth: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot what an image costs against the number of objects, for each canvas.
+
+    Args:
+        growth: "side" (pixels), "objects" and "seconds_per_image" ("median", "min", "max") of each
+            point; as `svi-bench` has it under "growth", of one batch size.
+
+    Raises:
+        ValueError: no point.
+    """
+    if not growth:
+        raise ValueError("a plot of costs needs at least one point")
+    figure = Figure(figsize=(4.6, 3.2), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    sides = sorted({point["side"] for point in growth})
+    for i, side in enumerate(sides):
+        points = [point for point in growth if point["side"] == side]
+        costs = [[1000 * point["seconds_per_image"][k] for point in points]
+                 for k in ("median", "min", "max")]
+        objects = [point["objects"] for point in points]
+        shade = SHADES(0.25 + 0.6 * i / max(len(sides) - 1, 1))
+        axes.fill_between(objects, costs[1], costs[2], color=shade, alpha=0.2, linewidth=0)
+        axes.plot(objects, costs[0], color=shade, linewidth=1.4, marker="o", markersize=3.5,
+                  label=f"{side} x {side} pixels")
+    axes.set_ylim(bottom=0.0)
+    figure.legend(loc="outside upper center", ncols=len(sides), fontsize=FONT - 1, frameon=False,
+                  labelcolor=INK)
+    axes.set_ylabel("a training step, ms an image", fontsize=FONT, color=INK)
+    _dress(axes, "objects in the image")
     return figure
 
 

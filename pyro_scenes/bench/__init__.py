@@ -10,42 +10,34 @@ median with the least and the most. Compared are
   inference networks in bfloat16 and all in float32;
 - our step in float32 beside bfloat16;
 - the paper's networks beside the fast preset's, in float32, per image: a smaller batch is theirs;
-- if asked for, Pyro's own AIR beside ours, both presets, see `pyro_air.py`.
+- if asked for, Pyro's own AIR beside ours, both presets, see `pyro_air.py`;
+- a step of each model beside the arithmetic of its networks, see `floors.py`.
 
 Besides: images generated a second, particles times images a second of the importance-weighted
-bound (`bounds.measure`), and the most memory that the process ever held.
+bound (`bounds.measure`), how the cost grows with the size of a problem (`growth.py`), and the most
+memory that the process ever held.
 """
 
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
 
-from pyro_scenes import checkpoint, plain, pyro_air
+from pyro_scenes import checkpoint
+from pyro_scenes.bench import floors, growth, pyro_air
+from pyro_scenes.bench.late import DATA, Trainer
+from pyro_scenes.bench.turns import Work, spread, take_turns
 from pyro_scenes.bounds import measure
-from pyro_scenes.config import make_config
-from pyro_scenes.data import SceneData, make
+from pyro_scenes.data import make
 from pyro_scenes.machine import machine
-from pyro_scenes.models.lavae import LAVAE
-from pyro_scenes.objectives.base import temporarily
-from pyro_scenes.objectives.lavae import LAVAEObjective
-from pyro_scenes.training import OPTIMIZERS
 
-DATA = "multi-dsprites"
 # how a ratio's name begins -> what it should be
 GOALS = {"ours / plain torch": "  goal: at most 1.15", "Pyro's AIR / ours": "  goal: at least 4"}
-# name -> what to call, and how much (images, say) a call does
-Work = Mapping[str, tuple[Callable[[], object], int]]
 
 
 @dataclass(frozen=True)
@@ -63,77 +55,6 @@ class Size:
 
 FULL = Size(rounds=30, slow_rounds=7, paper_batch=16, generated=8192, particles=100)
 QUICK = Size(rounds=5, slow_rounds=2, paper_batch=8, generated=1024, particles=20)
-
-
-class Told(nn.Module):
-    """A location network that finds the objects untrained: peaks are added to its heights.
-
-    What a step costs depends on how many objects are found, and a bound on how far apart its
-    particles are. The network's own heights are lowered, so that none of them counts.
-
-    :param peaks: (N, H, W), for the images that it will be given, or the first of them.
-    """
-
-    def __init__(self, net: nn.Module, peaks: Tensor):
-        super().__init__()
-        self.net, self.stride = net, net.stride
-        self.peaks = nn.Buffer(peaks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.1 * self.net(x) + self.peaks[: len(x)]
-
-
-def peaks(data: SceneData, height: float) -> Tensor:
-    """One pixel of that height at the centre of each object's box, (N, H, W)."""
-    assert data.boxes is not None
-    maps = torch.zeros(len(data), *data.shape[:2])
-    boxes = torch.from_numpy(data.boxes)  # (N, M, 4)
-    image, slot = (~boxes[..., 0].isnan()).nonzero(as_tuple=True)
-    column, row = boxes[image, slot, :2].long().unbind(-1)
-    maps[image, row, column] = height
-    return maps
-
-
-class Trainer:
-    """A model late in its training, its optimiser and one batch.
-
-    :param by_hand: take the ELBO of `plain.py` in place of the training's own objective.
-    """
-
-    def __init__(
-        self, preset: str, data: SceneData, device: torch.device, bfloat16=False, by_hand=False
-    ):
-        config = make_config("lavae", DATA, preset)
-        # No image is forced to one object, as the paper does at random: a step costs what it shows.
-        schedule = replace(config.schedule, one_object_left=0.0, location_every=1)
-        torch.manual_seed(config.seed)
-        self.train, self.bfloat16, self.by_hand = config.train, bfloat16, by_hand
-        self.x = data.batch().to(device)
-        self.model = LAVAE(config.net, (3, *data.shape[:2]))
-        # A peak that a trained network could make, sure to be counted and all but sure to be drawn.
-        told = peaks(data, config.net.count_threshold + 3.0)
-        self.model.location_net = Told(self.model.location_net, told)
-        self.model.to(device).train()
-        self.model.temperature = schedule.temperature_end
-        self.objective = LAVAEObjective(schedule, self.model, self.train.steps)
-        rates = self.objective.learning_rates(self.train.steps - 1)
-        groups = [{"params": p, "lr": rates[name]} for name, p in self.model.groups().items()]
-        options: dict[str, Any] = {"betas": (0.9, self.train.beta2)}
-        self.optimizer = OPTIMIZERS[self.train.optimizer](groups, **options)
-
-    def step(self) -> None:
-        """As `training.Run.advance` does the last one."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with temporarily(self.model, autocast=self.bfloat16):
-            if self.by_hand:
-                encoded = self.model.encode(self.x)
-                noise = plain.fresh_noise(self.model, encoded)
-                (-plain.elbo(self.model, self.x, encoded, noise).mean()).backward()
-            else:
-                self.objective.backward(self.model, self.x, self.train.steps - 1)
-        if self.train.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
-        self.optimizer.step()
 
 
 def run(device: str = "auto", quick: bool = False, air_folder: Path | None = None) -> dict:
@@ -172,6 +93,8 @@ def run(device: str = "auto", quick: bool = False, air_folder: Path | None = Non
         }, size.slow_rounds, target)
         with pyro_air.apart():
             air = take_turns(airs, size.rounds, target)
+        arithmetic = floors.compare(size.slow_rounds, target)
+        sizes = growth.costs(growth.QUICK if quick else growth.FULL, size.slow_rounds, target)
     pairs = {
         "ours / plain torch, bfloat16": (steps, "ours, bfloat16", "plain torch, bfloat16"),
         "ours / plain torch, float32": (steps, "ours, float32", "plain torch, float32"),
@@ -190,30 +113,15 @@ def run(device: str = "auto", quick: bool = False, air_folder: Path | None = Non
         "data": DATA,
         "size": asdict(size) | shared,
         "ratios": {
-            name: _spread([a / b for a, b in zip(seconds[one], seconds[two], strict=True)])
+            name: spread([a / b for a, b in zip(seconds[one], seconds[two], strict=True)])
             for name, (seconds, one, two) in pairs.items()
         },
-        "seconds_per_image": {name: _spread(row) for name, row in (steps | both | air).items()},
-        "per_second": {name: _spread([1 / s for s in row]) for name, row in rates.items()},
+        "seconds_per_image": {name: spread(row) for name, row in (steps | both | air).items()},
+        "per_second": {name: spread([1 / s for s in row]) for name, row in rates.items()},
+        "arithmetic": arithmetic,
+        "growth": sizes,
         "peak_memory_mib": memory | {"after everything": _memory()},
     }
-
-
-def take_turns(work: Work, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call over its amount, by name and round; a first round does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    order = list(work)
-    for counts in [False] + [True] * rounds:
-        for name in order:
-            call, amount = work[name]
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if counts:
-                seconds[name].append((time.perf_counter() - start) / amount)
-        order.reverse()
-    return seconds
 
 
 def table(result: dict) -> str:
@@ -239,14 +147,33 @@ def table(result: dict) -> str:
         for name, row in result[part].items():
             median, least, most = (format(row[k] * scale, form) for k in ("median", "min", "max"))
             goal = next((g for start, g in GOALS.items() if name.startswith(start)), "")
-            lines.append(f"  {name:<34}{median:>9}  ({least} to {most}){goal}")
+            lines.append(f"  {name:<42}{median:>9}  ({least} to {most}){goal}")
+    lines += ["", "arithmetic of a step at the rate of a product of matrices, of the step's time"]
+    for name, row in result["arithmetic"]["steps"].items():
+        middle, least, most = (f"{row['floor'][k]:.0%}" for k in ("median", "min", "max"))
+        billions = sum(row["operations"].values()) / 1e9
+        lines.append(
+            f"  {name:<42}{middle:>9}  ({least} to {most})  of {row['seconds']['median']:.3f} s;"
+            f" {billions:.1f} billion operations, batch {row['batch']}"
+        )
+    for name, row in result["arithmetic"]["rate"].items():
+        lines.append(f"  {name} product, billion operations a second: {row['median'] / 1e9:.0f}")
+    lines += ["", "LAVAE's cost by size, float32, milliseconds an image"]
+    lines += [f"  {label:<42}{cost:>9.2f}" for label, cost in _costs(result["growth"])]
     lines += ["", "peak memory, MiB"]
-    lines += [f"  {name:<34}{mib:>9,.0f}" for name, mib in result["peak_memory_mib"].items()]
+    lines += [f"  {name:<42}{mib:>9,.0f}" for name, mib in result["peak_memory_mib"].items()]
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def _costs(sizes: list[dict]) -> list[tuple[str, float]]:
+    """What was measured of each size, and its median in milliseconds."""
+    lines = []
+    for row in sizes:
+        kind = "bound, particles" if "particles" in row else "step, batch"
+        amount = row.get("particles", row.get("batch"))
+        label = f"{row['side']} x {row['side']}, {row['objects']} objects, {kind} {amount}"
+        lines.append((label, 1000 * row["seconds_per_image"]["median"]))
+    return lines
 
 
 def _memory() -> float:
