@@ -16,7 +16,8 @@ class OneHotPlace(TorchDistribution):
     A draw takes the place with the largest Gumbel-perturbed logit, so its distribution is exactly
     ``Cat(softmax(logits))`` and ``log_prob`` is that categorical's mass. Only the gradient is
     relaxed: it is that of the Gumbel-softmax vector at ``temperature`` (Jang et al. 2016), and
-    biased for it. The same class therefore serves training and evaluation.
+    biased for it; models/lavae.py says by how much. The same class therefore serves training and
+    evaluation.
 
     :param logits: (..., D), not necessarily normalised.
     :param temperature: positive; None for an exact draw without gradient.

@@ -16,7 +16,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_scenes import bounds, evaluate
+from pyro_scenes import bounds, evaluate, metrics
 from pyro_scenes.data import SceneData
 from pyro_scenes.errors import UserError
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
@@ -25,6 +25,7 @@ from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.discrete_air import DiscreteAIR, DiscreteAIRConfig
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
 from pyro_scenes.priors import UniformCount
+from pyro_scenes.scene import Scene
 
 BATCH = 3
 SHAPE = (3, 12, 8)
@@ -204,6 +205,23 @@ def test_every_site_has_a_log_prob_per_image(row) -> None:
             name: (BATCH,) for name in found}
 
 
+def test_sites_have_the_same_masks_scales_and_supports_in_guide_and_model(row) -> None:
+    """So that what an object costs in the one it gets back in the other, and nothing is lost."""
+    model = built(row)
+    drawn, joint = traces(row.guide(model), model, images())
+    for name, site in drawn.items():
+        other = joint[name]
+        masks = [True if s["mask"] is None else s["mask"] for s in (site, other)]
+        one, two = (torch.as_tensor(mask).expand(BATCH) for mask in masks)
+        assert torch.equal(one, two), name
+        assert torch.equal(*(torch.as_tensor(s["scale"]).expand(BATCH)[one] * 1.0
+                             for s in (site, other)))
+        assert other["fn"].support.check(site["value"])[one].all()
+        supports = [str(s["fn"].support) for s in (site, other)]
+        if name != "n" and "Mixture" not in supports[1]:  # which have constraints of their own
+            assert supports[0] == supports[1]
+
+
 @pytest.mark.parametrize("particles", [1, 4])
 def test_every_site_has_a_log_prob_per_particle(row, particles) -> None:
     model = built(row).eval()
@@ -236,6 +254,29 @@ def test_permuting_the_images_permutes_the_densities(row) -> None:
         before, after = density(function, values, x), density(function, moved, x[order])
         assert torch.allclose(before[order], after, rtol=1e-4)
         assert not torch.allclose(before, after, rtol=1e-2)  # the images do differ
+
+
+@pytest.mark.parametrize("row", SCENES, indirect=True)
+def test_permuting_the_objects_changes_no_joint_density(row) -> None:
+    """p(x, z) is of a set of objects; the guide draws them in an order of its own."""
+    row = replace(row, training={})
+    model, x = replace_encode(built(row)).eval(), images()
+    values = draw(model.guide, x)
+    for name, value in values.items():
+        if name.startswith("z_pres"):  # two objects in all images
+            here = torch.ones(BATCH)
+            values[name] = here if value.dim() == 1 else torch.stack([1 - here, here], -1)
+    moved = dict(values)
+    for name in values:
+        if name.endswith("_0") and not name.startswith("z_pres"):
+            other = f"{name[:-1]}1"
+            moved[name], moved[other] = values[other], values[name]
+    assert moved.keys() == values.keys() and not same(moved, values)
+    before, after = (density(model.model, latents, x) for latents in (values, moved))
+    assert torch.allclose(before, after, rtol=1e-5)
+    swapped = {name: values[name[:-1] + "1"] if name in ("z_loc_0", "z_where_0") else value
+               for name, value in values.items()}  # two objects in one place are another scene
+    assert not torch.allclose(density(model.model, swapped, x), before, rtol=1e-5)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -320,6 +361,60 @@ def test_inferring_changes_nothing(row) -> None:
         evaluate.infer(model, scenes())
     again = model.infer(images())
     assert scene.to_json() == again.to_json()
+
+
+def reordered(scene: Scene, order: list[int]) -> Scene:
+    parts = {name: getattr(scene, name) for name in ("where", "boxes", "kind", "what", "pose")}
+    moved = {name: None if part is None else part[:, order] for name, part in parts.items()}
+    return replace(scene, present=scene.present[:, order], **moved)
+
+
+@pytest.mark.parametrize("row", SCENES, indirect=True)
+def test_permuting_the_objects_of_a_scene_changes_no_picture_and_no_figure(row) -> None:
+    model = replace_encode(built(row)).eval()
+    scene = model.infer(images())
+    order = torch.arange(scene.present.shape[1]).roll(1).tolist()
+    moved = reordered(scene, order)
+    with torch.no_grad():
+        assert torch.allclose(model.render(moved), model.render(scene), atol=1e-6)
+        assert torch.allclose(model.layers(moved), model.layers(scene)[:, order], atol=1e-6)
+        first, second = (model.segment(s, 0.02) for s in (scene, moved))
+    assert torch.equal(moved.counts, scene.counts)
+    truth = torch.randint(0, 3, first.shape)
+    assert np.allclose(*(metrics.foreground_ari(truth, s) for s in (first, second)),
+                       equal_nan=True)
+    boxes, labels = torch.rand(BATCH, 2, 4) * 8, torch.randint(0, 3, (BATCH, 2))
+    kinds = scene.kind if scene.kind is not None else scene.present.long() - 1
+    found = [(metrics.category_correspondence(kind, labels),
+              metrics.placed_correspondence(kind, labels, metrics.match_by_place(s.boxes, boxes)),
+              metrics.purity(kind, labels, metrics.match_by_place(s.boxes, boxes)))
+             for kind, s in ((kinds, scene), (kinds[:, order], moved))]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("row", SCENES, indirect=True)
+def test_an_image_is_inferred_among_others_as_alone(row) -> None:
+    """Whatever the others are, and however many objects they show."""
+    model, x = built(row).eval(), images(6)
+    if isinstance(model, LAVAE):
+        encode = model.encode
+        model.encode = lambda x: replace(encode(x), count=1 + (x.sum((1, 2, 3)) > 55).long())
+    scene = model.infer(x)
+    together, alone = scene.to_json(), [model.infer(x[b:b + 1]).to_json()[0] for b in range(6)]
+    assert [found["count"] for found in together] == [found["count"] for found in alone]
+    if isinstance(model, LAVAE):
+        assert {found["count"] for found in together} == {1, 2}
+    for one, other in zip(together, alone):
+        for first, second in zip(one["objects"], other["objects"], strict=True):
+            for key in first:
+                assert np.allclose(first[key], second[key], atol=1e-4), key
+
+
+def test_permuting_the_images_permutes_reconstructions(row) -> None:
+    model, x = replace_encode(built(row)).eval(), images()
+    order = torch.tensor([2, 0, 1])
+    drawn = model.reconstruct(x)
+    assert torch.allclose(model.reconstruct(x[order]), drawn[order], atol=1e-5)
 
 
 def test_samples_and_reconstructions_are_images(row) -> None:

@@ -29,6 +29,12 @@ h_t        (B, h)             state of the LSTM, which reads x - C_{t-1} and z_{
 Any site may have a particle dimension to the left of B. T^d and T^e are those of affine.py. The
 prior over z_pres is that of a count: geometric unless swapped.
 
+In training z_pres is relaxed, and the ELBO of relaxed objects has another gradient than the exact
+one. Of up to two objects on 8 x 8 pixels, the mean for the logits of z_pres has a cosine of 0.98 or
+more with the exact gradient, and 0.95 and 0.87 times its length at temperature 0.5 (fast, paper),
+0.80 and 0.69 times at 1. Of an image without objects alone it minds a superfluous one less than it
+should, or not at all (tests/test_gradients.py).
+
 Where the fast preset leaves the paper's guide, and why; the model is the paper's:
 
 - It looks before it regresses: the LSTM reads a glimpse round the place with most unexplained
