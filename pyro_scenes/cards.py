@@ -15,7 +15,6 @@ import torch
 
 from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.checkpoint import Checkpoint
-from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import DATASETS
 from pyro_scenes.data.files import atomic_write, write_json
 from pyro_scenes.errors import UserError
@@ -70,7 +69,7 @@ def ship(
     config = loaded[0].config
     content = {
         "name": name,
-        "command": _command(config),
+        "command": config.command("SEED"),
         "settings": config.to_dict(),
         "parameters": sum(p.numel() for p in loaded[0].model.parameters()),
         "runs": entries,
@@ -130,19 +129,6 @@ def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
         number = 2 if i else DRAWN - 2 * (len(sets) - 1)
         batches.append(data.batch(data.counts.nonzero()[0][:number]))
     plots.save(pictures.inference(model, torch.cat(batches), math.inf), path)
-
-
-def _command(config: RunConfig) -> str:
-    """What trains such a run, with every setting that is not the preset's."""
-    usual = make_config(config.model, config.data, config.preset)
-    changed = [
-        f" --set {name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for part in RunConfig.parts
-        for name, value in vars(getattr(config, part)).items()
-        if value != getattr(getattr(usual, part), name)
-    ]
-    command = f"bin/svi-train --model {config.model} --data {config.data} --preset {config.preset}"
-    return command + "".join(changed) + " --seed SEED"
 
 
 def _same_command(loaded: list[Checkpoint]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -97,6 +98,18 @@ class RunConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def command(self, seed: int | str) -> str:
+        """What trains such a run, with every setting that is not the preset's."""
+        usual = make_config(self.model, self.data, self.preset, known=False)
+        words = ["bin/svi-train", "--model", self.model, "--data", self.data]
+        words += ["--preset", self.preset]
+        for part in RunConfig.parts:
+            for name, value in vars(getattr(self, part)).items():
+                if value != getattr(getattr(usual, part), name):
+                    text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                    words += ["--set", f"{name}={text}"]
+        return shlex.join([*words, "--seed", str(seed)])
 
     @staticmethod
     def from_dict(values: dict) -> RunConfig:

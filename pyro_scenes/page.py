@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from pyro_scenes import __version__, checkpoint, pictures, plots, report
 from pyro_scenes.checkpoint import Checkpoint
-from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import SceneData
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import BATCH, evaluate
@@ -186,22 +184,9 @@ def _about(trained: Checkpoint) -> str:
     settings = json.dumps(config.to_dict(), indent=2)
     return (
         f"<dl>\n{described}\n</dl>\n"
-        f"<p>Made by</p>\n<pre><code>{escape(_command(config))}</code></pre>\n"
+        f"<p>Made by</p>\n<pre><code>{escape(config.command(config.seed))}</code></pre>\n"
         f"<details>\n<summary>Every setting</summary>\n<pre>{escape(settings)}</pre>\n</details>"
     )
-
-
-def _command(config: RunConfig) -> str:
-    """What trains such a run, with every setting that is not the preset's."""
-    usual = make_config(config.model, config.data, config.preset, known=False)
-    words = ["bin/svi-train", "--model", config.model, "--data", config.data]
-    words += ["--preset", config.preset]
-    for part in RunConfig.parts:
-        for name, value in vars(getattr(config, part)).items():
-            if value != getattr(getattr(usual, part), name):
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                words += ["--set", f"{name}={text}"]
-    return shlex.join([*words, "--seed", str(config.seed)])
 
 
 def _training(trained: Checkpoint) -> str:
