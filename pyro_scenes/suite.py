@@ -84,6 +84,7 @@ def run(
     images: int,
     nll_images: int,
     particles: int,
+    chunk: int | None = None,
     mnist: Path | None = None,
     device: str = "auto",
 ) -> Iterator[str]:
@@ -94,6 +95,7 @@ def run(
 
     :param names: of shipped checkpoints. :param images: test scenes of a cell.
     :param nll_images: of those, the likelihood of so many. :param particles: an image.
+    :param chunk: particles times images at a time, see `evaluate`.
     """
     for name in names:
         trained = checkpoint.load(name, device)
@@ -106,7 +108,9 @@ def run(
             kept = json.loads(file.read_text()) if file.exists() else {}
             if {key: kept.get(key) for key in asked} == asked:
                 continue
-            figures = asked | _measure(trained, cell, images, nll_images, particles, mnist)
+            figures = asked | _measure(
+                trained, cell, images, nll_images, particles, chunk, mnist
+            )
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, figures)
             yield f"{file}: {figures.get('error') or figures['count_accuracy']}"
@@ -114,7 +118,7 @@ def run(
 
 def _measure(
     trained: Checkpoint, cell: Cell, images: int, nll_images: int, particles: int,
-    mnist: Path | None,
+    chunk: int | None, mnist: Path | None,
 ) -> dict:
     own = cell.objects == DATASETS[cell.data].objects
     try:
@@ -124,7 +128,8 @@ def _measure(
         if isinstance(trained.model, SceneModel):
             figures["seconds_per_1000"] = 1000 * (time.perf_counter() - start) / images
         if own:
-            scored = evaluate(trained.model, data[:nll_images], particles=particles, limit=math.inf)
+            scored = evaluate(trained.model, data[:nll_images], particles=particles, chunk=chunk,
+                              limit=math.inf)
             wanted = ("particles", "nll", "nll_stderr", "nll_images", "curve", "ess", "split",
                       "entropy")
             figures |= {key: scored[key] for key in wanted}

@@ -100,9 +100,23 @@ def test_a_failure_is_kept_and_shown(monkeypatch) -> None:
     assert "an image shows too many objects" in Path("RESULTS.md").read_text()
 
 
+def test_chunk_reaches_every_evaluation_of_a_likelihood(monkeypatch) -> None:
+    asked = []
+
+    def noted(*arguments, **options) -> dict:
+        asked.append((options["particles"], options.get("chunk")))
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(suite, "evaluate", noted)
+    assert run("--chunk", "3").exit_code == 0
+    assert [chunk for particles, chunk in asked if particles] == [3]
+
+
 @pytest.mark.parametrize("arguments,reason", [
     (("nothing",), "nothing is no shipped checkpoint"),
     (("tiny", "--data", "multi-dsprites"), "--suite chooses the data"),
+    (("--seed", "1"), "--suite chooses the data, the seed"),
+    (("--max-objects", "4"), "--suite chooses the data"),
     (("--readme", "absent.md"), "absent.md has no lines"),
 ])
 def test_bad_input_is_one_line(arguments: tuple[str, ...], reason: str) -> None:

@@ -60,10 +60,11 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
     CHECKPOINT is a run's folder, a file, or the name of a shipped checkpoint.
     """
     if whole_suite:
-        if data or objects or priors or out or curve or figures:
-            raise click.UsageError("--suite chooses the data and the files itself")
+        if data or objects or max_objects is not None or priors or seed or out or curve or figures:
+            raise click.UsageError("--suite chooses the data, the seed and the files itself")
         images = images or 1000
-        _suite(checkpoint, images, nll_images or min(images, 100), particles, device, mnist, readme)
+        _suite(checkpoint, images, nll_images or min(images, 100), particles, chunk, device, mnist,
+               readme)
         return
     if readme:
         raise click.UsageError("--readme goes with --suite")
@@ -112,7 +113,7 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
 
 
 def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
-           device: str, mnist: Path | None, readme: Path | None) -> None:
+           chunk: int | None, device: str, mnist: Path | None, readme: Path | None) -> None:
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import report, suite
     from pyro_scenes.data.files import atomic_write
@@ -123,7 +124,7 @@ def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
         raise UserError(f"{checkpoint} is no shipped checkpoint; svi-eval --list shows those")
     folder = Path("results")
     for line in suite.run(folder, names, images=images, nll_images=nll_images,
-                          particles=particles, mnist=mnist, device=device):
+                          particles=particles, chunk=chunk, mnist=mnist, device=device):
         click.echo(line)
     with atomic_write(Path("RESULTS.md")) as file:
         file.write(suite.page(folder).encode())
