@@ -45,18 +45,21 @@ class InkPeak(nn.Module):
             for cells, side in zip(heat.shape[-2:], difference.shape[-2:], strict=True)
         )
         size = heat.new_tensor([difference.shape[-1], difference.shape[-2]])
+
+        def apart(x: Tensor, y: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+            """How far columns (N, w) and rows (N, h) are from places, in units of some pixels."""
+            across = (columns - x[:, None]) * size[0] / 2 / unit
+            return across, (rows - y[:, None]) * size[1] / 2 / unit
+
         for centre in found:
-            x, y = centre.unbind(-1)
-            across = (columns - x[:, None]) * size[0] / 2 / self.shut  # (N, w)
-            down = (rows - y[:, None]) * size[1] / 2 / self.shut  # (N, h)
+            across, down = apart(*centre.unbind(-1), self.shut)
             near = torch.exp(-0.5 * (across[:, None] ** 2 + down[:, :, None] ** 2))
             heat = heat * (1 - near)
         place = heat.flatten(1).argmax(1)
         width = heat.shape[-1]
         x, y = columns[place % width], rows[place // width]
         # From the grid to the centre of the ink that made the peak: one step of a mean shift.
-        across = torch.exp(-0.5 * ((columns - x[:, None]) * size[0] / 2 / self.blur) ** 2)
-        down = torch.exp(-0.5 * ((rows - y[:, None]) * size[1] / 2 / self.blur) ** 2)
+        across, down = (torch.exp(-0.5 * d**2) for d in apart(x, y, self.blur))
         mine = ink.squeeze(1) * across[:, None] * down[:, :, None]  # (N, h, w)
         whole = mine.sum((1, 2)).clamp(min=1e-6)
         mean = torch.stack([(mine.sum(1) * columns).sum(1), (mine.sum(2) * rows).sum(1)], -1)
