@@ -417,6 +417,19 @@ def test_permuting_the_images_permutes_reconstructions(row) -> None:
     assert torch.allclose(model.reconstruct(x[order]), drawn[order], atol=1e-5)
 
 
+@pytest.mark.parametrize("row", SCENES, indirect=True)
+def test_scenes_of_no_images_are_none(row) -> None:
+    model = built(row).eval()
+    scene = model.infer(images(0))
+    some = model.infer(images(2))
+    for name in ("present", "where", "boxes", "kind", "what", "pose"):
+        none, two = getattr(scene, name), getattr(some, name)
+        assert (none is None) == (two is None), name
+        assert none is None or none.shape[0] == 0 and none.dim() == two.dim(), name
+    assert model.render(scene).shape == (0, *SHAPE)
+    assert model.segment(scene).shape == (0, *SHAPE[1:])
+
+
 def test_samples_and_reconstructions_are_images(row) -> None:
     model = replace_encode(built(row)).eval()
     for drawn, count in ((model.sample(4), 4), (model.reconstruct(images()), BATCH)):

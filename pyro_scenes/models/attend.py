@@ -106,7 +106,12 @@ class Attend(SceneModel):
     @torch.no_grad()
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:
         self.check(x)
-        found = self._attend(x, self.choose_likeliest)
+        # Of no images: as of a blank one, without its scene.
+        seen = x if len(x) else x.new_zeros(1, *x.shape[1:])
+        found = [
+            {name: value[: len(x)] for name, value in step.items()}
+            for step in self._attend(seen, self.choose_likeliest)
+        ]
         present = torch.stack([step["here"] > 0.5 for step in found], 1)  # (B, T)
         limit = self.steps if limit is None else limit
         if len(x) and present.sum(1).max() > limit:
