@@ -19,8 +19,6 @@ BATCH = 256  # images inferred at a time
 # What an object must add to a pixel to be its owner, of 1. Little: the index asks whose a pixel of
 # the foreground is, and thin strokes that a model is not sure of have low means.
 FAINT = 0.02
-# Objects in test scenes with more than any training scene has: the paper's test of generalisation.
-CROWDED = (7, 7)
 # Nats that stand for an infinite number of them: what an image costs whose count cannot be.
 IMPOSSIBLE = 1e20
 

@@ -9,18 +9,15 @@ from typing import Any
 
 from pyro_scenes import checkpoint, graph, pictures, plots
 from pyro_scenes.config import RunConfig
-from pyro_scenes.data import DATASETS, SceneData, load, load_npz, load_pngs, split_held_out
+from pyro_scenes.data import CROWDED, DATASETS, SceneData, load, load_npz, load_pngs, split_held_out
 from pyro_scenes.data.files import atomic_write, write_json
 from pyro_scenes.errors import UserError
-from pyro_scenes.evaluate import CROWDED, evaluate
+from pyro_scenes.evaluate import evaluate
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
 # Held-out images and particles after a training: enough to see that it worked, in a short time.
 IMAGES, PARTICLES = 1000, 10
-# Data sets with other test sets beside their own, see `held_out`.
-WITH_CROWDED = ("multi-dsprites", "multi-mnist-1k", "multi-mnist-10k")
-WITH_NEW_DIGITS = ("multi-mnist",)
 CROWDED_LABEL = f"{CROWDED[0]} objects"
 
 
@@ -191,18 +188,19 @@ def held_out(
     """Scenes to measure a model on that was trained on some data, by label.
 
     The first are like those of the training. After them come, where there are such, scenes of more
-    objects if the model finds as many, and scenes of new digits.
+    objects if the model finds as many, and those of the data set's `others`, such as new digits.
 
     :param data: a registered data set or a file, whose last part is held out.
     """
     if data not in DATASETS:
         return {"held out": split_held_out(load(data))[1][:images]}
-    low, high = DATASETS[data].objects
+    spec = DATASETS[data]
+    low, high = spec.objects
     sets = {f"{low}-{high} objects": load(data, images=images, mnist=mnist)}
-    if data in WITH_CROWDED and isinstance(model, SceneModel) and model.most >= CROWDED[1]:
+    if spec.crowded and isinstance(model, SceneModel) and model.most >= CROWDED[1]:
         sets[CROWDED_LABEL] = load(data, images=images, objects=CROWDED, mnist=mnist)
-    if data in WITH_NEW_DIGITS:
-        sets["new digits"] = load(f"{data}-new-digits", images=images, mnist=mnist)
+    for label, other in spec.others.items():
+        sets[label] = load(other, images=images, mnist=mnist)
     return sets
 
 

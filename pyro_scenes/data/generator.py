@@ -16,6 +16,8 @@ from pyro_scenes.errors import UserError
 # Scenes made from one seed. Part of what defines the data: another value gives other images.
 CHUNK = 1024
 STREAMS = {"train": 0, "test": 1}
+# Objects in test scenes with more than any training scene has: the paper's test of generalisation.
+CROWDED = (7, 7)
 # Segmentation labels are bytes, 0 is the background.
 MOST_OBJECTS = 255
 
@@ -75,6 +77,10 @@ class DatasetSpec:
     scenes: Maker
     objects: tuple[int, int] = (0, 3)  # fewest and most
     sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 190_000, "test": 10_000})
+    # What else a model that is trained on it is measured on: scenes of CROWDED objects, and other
+    # data sets, by what their scenes have that the training's have not.
+    crowded: bool = False
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def objects_range(self, objects: tuple[int, int] | None) -> tuple[int, int]:
         """The fewest and the most objects: those asked for, or the data set's own for None."""

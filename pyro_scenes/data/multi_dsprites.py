@@ -44,4 +44,4 @@ def outline_distance(shape: np.ndarray, scale: np.ndarray, angle: np.ndarray) ->
 
 
 SIZE = (64, 64, 3)
-SPEC = DatasetSpec("multi-dsprites", SIZE, SHAPES, SpriteScenes(sprites, SIZE))
+SPEC = DatasetSpec("multi-dsprites", SIZE, SHAPES, SpriteScenes(sprites, SIZE), crowded=True)

@@ -47,7 +47,7 @@ def sprites(mnist: Path | None, pool: int) -> Sprites:
 DIGITS = tuple("0123456789")
 SIZE = (64, 64, 1)
 SPEC_1K, SPEC_10K = (
-    DatasetSpec(name, SIZE, DIGITS, SpriteScenes(partial(sprites, pool=pool), SIZE))
+    DatasetSpec(name, SIZE, DIGITS, SpriteScenes(partial(sprites, pool=pool), SIZE), crowded=True)
     for name, pool in (("multi-mnist-1k", 1_000), ("multi-mnist-10k", 10_000))
 )
 
@@ -133,7 +133,8 @@ def shrunk(
 
 
 GREY = (CANVAS, CANVAS, 1)
-SPEC_GREY = DatasetSpec("multi-mnist", GREY, DIGITS, grey_scenes("train"), objects=(0, 2),
-                        sizes={"train": 50_000, "test": 10_000})
 SPEC_NEW_DIGITS = DatasetSpec("multi-mnist-new-digits", GREY, DIGITS, grey_scenes("test"),
                               objects=(0, 2), sizes={"test": 10_000})
+SPEC_GREY = DatasetSpec("multi-mnist", GREY, DIGITS, grey_scenes("train"), objects=(0, 2),
+                        sizes={"train": 50_000, "test": 10_000},
+                        others={"new digits": SPEC_NEW_DIGITS.name})
