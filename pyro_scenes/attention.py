@@ -52,7 +52,8 @@ class InkPeak(nn.Module):
             return across, (rows - y[:, None]) * size[1] / 2 / unit
 
         for centre in found:
-            across, down = apart(*centre.unbind(-1), self.shut)
+            x, y = centre.unbind(-1)
+            across, down = apart(x, y, self.shut)
             near = torch.exp(-0.5 * (across[:, None] ** 2 + down[:, :, None] ** 2))
             heat = heat * (1 - near)
         place = heat.flatten(1).argmax(1)
