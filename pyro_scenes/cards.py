@@ -225,6 +225,10 @@ def _measured(label: str, figures: dict) -> str:
     if figures["nll"] is not None:
         some = "all" if figures["nll_images"] == figures["images"] else f"{figures['nll_images']:,}"
         text += f" -log p(x) is of {some} of them, with {figures['particles']} importance samples."
+    entropy = figures.get("entropy")  # older files have none
+    if entropy:
+        text += (" No model's mean goes below the entropy of the data,"
+                 f" {entropy['total']:.2f} +- {entropy['stderr']:.2f} nats an image.")
     return text
 
 

@@ -52,6 +52,9 @@ def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path
     # What no row has does not get a column; what the figures are of is said.
     assert "-log p(x) <= (bernoulli)" in card and "correspondence" not in card
     assert "-log p(x) is of all of them, with 2 importance samples" in card
+    entropy = content["runs"][0]["figures"][OWN]["entropy"]
+    limit = f"the entropy of the data, {entropy['total']:.2f} +- {entropy['stderr']:.2f} nats"
+    assert card.count(limit) == 1 and limit in card.split("## 7 objects")[0]
     assert (tmp_path / "tiny.md").read_text() == card
     _, _, settings = content["command"].partition(" --preset fast ")
     assert sorted(settings.removesuffix(" --seed SEED").split(" --set ")) == sorted(
@@ -148,6 +151,7 @@ def test_a_card_of_categories_has_their_figures(tmp_path: Path) -> None:
     [entry] = json.loads((tmp_path / "shipped" / "kinds.json").read_text())["runs"]
     row = entry["figures"][OWN]
     assert list(entry["figures"]) == [OWN] and "## 7 objects" not in card
+    assert "entropy" not in card  # grey images have a density, without that limit
     assert (row["images"], row["nll_images"]) == (5, 2)
     assert "5 held-out scenes of multi-sprites. -log p(x) is of 2 of them" in card
     for heading in ("correspondence", "right in place", "purity", "-log p(x) <= (normal, sigma 0."):
