@@ -15,7 +15,7 @@ import numpy as np
 from pyro_scenes.data import DATASETS
 from pyro_scenes.errors import UserError
 from pyro_scenes.models import MODELS
-from pyro_scenes.objectives import OBJECTIVES
+from pyro_scenes.objectives import schedule
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class TrainConfig:
 AIR_PAPER = TrainConfig(
     steps=375_000, beta2=0.999, precision="float32", eval_every=1000  # 300 epochs of 80,000
 )
+# model name -> settings by preset; a model without an entry has the defaults
 TRAINING = {
     "lavae": {
         "fast": TrainConfig(),
@@ -156,9 +157,9 @@ def make_config(
         raise UserError(
             f"no data set and no file is called {data!r}; the data sets are {', '.join(DATASETS)}"
         )
-    schedules = OBJECTIVES[model][1]
+    train = TRAINING[model][preset] if model in TRAINING else TrainConfig()
     config = RunConfig(
-        model, data, preset, seed, TRAINING[model][preset], schedules[preset], presets[preset]
+        model, data, preset, seed, train, schedule(model, preset), presets[preset]
     )
     for name, value in suited.get(preset, {}).get(data, {}).items():
         config = _with(config, name, value)

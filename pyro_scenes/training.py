@@ -32,7 +32,7 @@ from pyro_scenes.data.files import write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import look
 from pyro_scenes.machine import described
-from pyro_scenes.objectives import OBJECTIVES, temporarily
+from pyro_scenes.objectives import objective, temporarily
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True), "adamax": torch.optim.Adamax
@@ -93,8 +93,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = checkpoint.build(config, (channels, height, width)).to(self.device)
         self.model.check(self.data.batch(slice(0, 1)))
-        objective, _ = OBJECTIVES[config.model]
-        self.objective = objective(config.schedule, self.model, settings.steps)
+        self.objective = objective(config.model)(config.schedule, self.model, settings.steps)
         self.objective.modules.to(self.device)
         groups: dict[str, list[nn.Parameter]] = self.model.groups() | {
             name: list(module.parameters()) for name, module in self.objective.modules.items()

@@ -14,17 +14,28 @@ from pyro_scenes.objectives.air import (
     AIRObjective,
     DiscreteAIRObjective,
 )
-from pyro_scenes.objectives.base import temporarily
+from pyro_scenes.objectives.base import Objective, Schedule, temporarily
 from pyro_scenes.objectives.conv_vae import PRESETS as CONV_VAE_PRESETS
 from pyro_scenes.objectives.conv_vae import ConvVAEObjective
 from pyro_scenes.objectives.lavae import PRESETS, LAVAEObjective
 
 # model name -> (objective class, schedule by preset)
-OBJECTIVES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+OBJECTIVES: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
     "lavae": (LAVAEObjective, PRESETS),
     "discrete-air": (DiscreteAIRObjective, DISCRETE_PRESETS),
     "air": (AIRObjective, AIR_PRESETS),
     "conv-vae": (ConvVAEObjective, CONV_VAE_PRESETS),
 }
 
-__all__ = ["OBJECTIVES", "temporarily"]
+
+def objective(model: str) -> Callable[..., Objective]:
+    """What makes the objective of a model by name, from a schedule, the model and the steps."""
+    return OBJECTIVES[model][0] if model in OBJECTIVES else Objective
+
+
+def schedule(model: str, preset: str) -> Any:
+    """The settings of that objective, a dataclass."""
+    return OBJECTIVES[model][1][preset] if model in OBJECTIVES else Schedule()
+
+
+__all__ = ["OBJECTIVES", "Objective", "Schedule", "objective", "schedule", "temporarily"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import TraceGraph_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.ops.provenance import track_provenance
 from pyro.poutine.util import site_is_subsample
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_scenes.models.air import AIR
 from pyro_scenes.models.discrete_air import DiscreteAIR
-from pyro_scenes.objectives.base import decayed, falling, temporarily
+from pyro_scenes.objectives.base import Objective, falling, temporarily
 from pyro_scenes.priors import GeometricCount
 
 BASELINE = 1e4  # by which gradients of AIR's baseline are made smaller
@@ -74,20 +74,16 @@ class Rescue(nn.Module):
             self.start.copy_(torch.where(hardly, self.start + self.rate, 0.98 * self.start))
 
 
-class DiscreteAIRObjective:
+class DiscreteAIRObjective(Objective):
     """The ELBO with relaxed z_cat and z_pres, KL by Monte Carlo (section 2.3, appendix C)."""
 
     def __init__(self, schedule: DiscreteAIRSchedule, model: DiscreteAIR, steps: int):
-        self.schedule, self.steps = schedule, steps
-        self.elbo = Trace_ELBO()
+        super().__init__(schedule, model, steps)
         self.rescue = Rescue(model.classes, schedule.rescue, schedule.balance)
-        self.modules = nn.ModuleDict({"rescue": self.rescue})
+        self.modules["rescue"] = self.rescue
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """For each group of the model's parameters, and of ``modules``."""
-        s = self.schedule
-        rate = s.learning_rate * decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
-        return {"model": rate, "guide": rate, "rescue": 0.0}
+        return super().learning_rates(step) | {"rescue": 0.0}
 
     def backward(self, model: DiscreteAIR, x: Tensor, step: int) -> dict[str, float]:
         """Gradients of the loss of one batch; returns figures to log, nats per image."""
@@ -164,19 +160,16 @@ def _depend(site: dict, drawn: frozenset[str]) -> None:
     site["log_prob_sum"] = track_provenance(site["log_prob_sum"], drawn)
 
 
-class AIRObjective:
+class AIRObjective(Objective):
     """The ELBO with scores of z_pres less their baselines, by TraceGraph_ELBO."""
 
     def __init__(self, schedule: AIRSchedule, model: AIR, steps: int):
-        self.schedule, self.steps = schedule, steps
+        super().__init__(schedule, model, steps)
         self.elbo = OrderedGraph_ELBO()
-        self.modules = nn.ModuleDict()
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        s = self.schedule
-        factor = decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
-        rate = factor * s.learning_rate
-        return {"model": rate, "guide": rate, "baseline": factor * s.baseline_learning_rate}
+        baseline = self.decay(step) * self.schedule.baseline_learning_rate
+        return super().learning_rates(step) | {"baseline": baseline}
 
     def backward(self, model: AIR, x: Tensor, step: int) -> dict[str, float]:
         """Gradients of the loss of one batch; returns figures to log, nats per image."""

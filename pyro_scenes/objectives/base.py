@@ -1,10 +1,61 @@
-"""What objectives share: values that change with the step, and values set for a while."""
+"""The plain objective, and what others share: what changes with the step, or is set for a while."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
+from pyro_scenes.models import GenerativeModel
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of a training that anneals nothing. In steps."""
+
+    learning_rate: float = 1e-3
+    ramp: int = 100  # it rises over so many steps
+    decay_from: float = 0.5  # part of the training after which it falls (cosine)
+    decay_to: float = 0.02  # the part of it that is left at the end
+
+
+class Objective:
+    """-ELBO by one draw of the guide, of any model; the base of the models' own objectives.
+
+    :ivar modules: what is trained and kept beside the model; their names are groups of parameters.
+    :param schedule: a dataclass of settings, with those of ``Schedule`` unless a subclass has other
+        learning rates.
+    :param steps: length of the training, for the decay of the learning rates.
+    """
+
+    def __init__(self, schedule: Any, model: GenerativeModel, steps: int):
+        self.schedule, self.steps = schedule, steps
+        self.groups = list(model.groups())
+        self.elbo = Trace_ELBO()
+        self.modules = nn.ModuleDict()
+
+    def decay(self, step: int) -> float:
+        """What learning rates are multiplied by, 0 to 1."""
+        s = self.schedule
+        return decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """For each group of the model's parameters, and of ``modules``."""
+        return dict.fromkeys(self.groups, self.decay(step) * self.schedule.learning_rate)
+
+    def backward(self, model: Any, x: Tensor, step: int) -> dict[str, float]:
+        """Gradients of the loss of one batch; returns figures to log, nats per image.
+
+        :param x: (B, C, H, W) in [0, 1]. :param step: from 0 on.
+        """
+        with poutine.scale(scale=1 / len(x)):
+            return {"loss": self.elbo.loss_and_grads(model.model, model.guide, x)}
 
 
 @contextmanager

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_scenes.models.conv_vae import ConvVAE
-from pyro_scenes.objectives.base import decayed, linear
+from pyro_scenes.objectives.base import Objective, linear
 
 LEAST = 1e-6  # beta at first: Pyro refuses a scale of 0
 
@@ -46,19 +45,8 @@ class Weighted(Messenger):
             message["scale"] = self.weight * message["scale"]
 
 
-class ConvVAEObjective:
+class ConvVAEObjective(Objective):
     """-E[log p(x | z)] + beta KL(q(z | x) || p(z)), both by one draw of z (LAVAE, appendix B)."""
-
-    def __init__(self, schedule: ConvVAESchedule, model: ConvVAE, steps: int):
-        self.schedule, self.steps = schedule, steps
-        self.elbo = Trace_ELBO()
-        self.modules = nn.ModuleDict()
-
-    def learning_rates(self, step: int) -> dict[str, float]:
-        """For each group of the model's parameters."""
-        s = self.schedule
-        factor = decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
-        return {"all": factor * s.learning_rate}
 
     def backward(self, model: ConvVAE, x: Tensor, step: int) -> dict[str, float]:
         """Gradients of the loss of one batch; returns figures to log, nats per image.

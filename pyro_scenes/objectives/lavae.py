@@ -8,12 +8,11 @@ import pyro
 import torch
 import torch.nn.functional as F
 from pyro import poutine
-from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
-from pyro_scenes.objectives.base import decayed, falling, linear, temporarily
+from pyro_scenes.objectives.base import Objective, falling, linear, temporarily
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,16 @@ PAPER = LAVAESchedule(
 PRESETS = {"fast": LAVAESchedule(), "paper": PAPER}
 
 
-class LAVAEObjective:
-    """The ELBO (eq. 6) with the warm-up of appendix B.
-
-    :param steps: length of the training, for the decay of the learning rates.
-    """
+class LAVAEObjective(Objective):
+    """The ELBO (eq. 6) with the warm-up of appendix B."""
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
-        self.schedule, self.steps = schedule, steps
-        self.elbo = Trace_ELBO()
+        super().__init__(schedule, model, steps)
         self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
-        self.modules = nn.ModuleDict({"auxiliary": self.auxiliary})
+        self.modules["auxiliary"] = self.auxiliary
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """For each group of the model's parameters, and of ``modules``."""
-        s = self.schedule
-        factor = decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
+        s, factor = self.schedule, self.decay(step)
         return {
             "location": factor * s.location_learning_rate,
             "prior": factor * s.prior_learning_rate,

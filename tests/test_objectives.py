@@ -1,0 +1,70 @@
+"""The plain objective, by which a model is trained that is registered and no more."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_scenes import checkpoint
+from pyro_scenes.config import TrainConfig, make_config
+from pyro_scenes.data import SceneData, save_npz
+from pyro_scenes.models import MODELS
+from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
+from pyro_scenes.objectives import OBJECTIVES, Objective, Schedule
+from pyro_scenes.training import train
+
+CONFIG = ConvVAEConfig(2, 2, 8, "fast")
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture
+def model() -> ConvVAE:
+    torch.manual_seed(0)
+    return ConvVAE(CONFIG, SHAPE)
+
+
+def test_its_gradient_is_that_of_minus_the_elbo_of_an_image(model: ConvVAE) -> None:
+    x = (torch.rand(5, *SHAPE) < 0.3).float()
+    torch.manual_seed(1)
+    figures = Objective(Schedule(), model, 10).backward(model, x, 0)
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    torch.manual_seed(1)
+    guide = poutine.trace(model.guide).get_trace(x)
+    joint = poutine.trace(poutine.replay(model.model, guide)).get_trace(x)
+    loss = (guide.log_prob_sum() - joint.log_prob_sum()) / len(x)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    assert figures == {"loss": pytest.approx(loss.item(), rel=1e-5)}
+    torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_its_learning_rate_rises_and_falls(model: ConvVAE) -> None:
+    schedule = Schedule(learning_rate=2.0, ramp=10, decay_from=0.5, decay_to=0.25)
+    objective = Objective(schedule, model, 100)
+    rates = [objective.learning_rates(step)["all"] for step in range(101)]
+    assert rates[0] < rates[5] < rates[10] == rates[50] == 2.0
+    assert rates[75] == pytest.approx(2.0 * (0.25 + 0.75 / 2)) and rates[100] == 0.5
+    assert set(objective.learning_rates(0)) == set(model.groups())
+
+
+def test_a_registered_model_trains_without_more(
+    model: ConvVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "plain", (ConvVAE, {"fast": CONFIG, "odd": CONFIG}, {}))
+    assert "plain" not in OBJECTIVES
+    pixels = np.zeros((8, 8, 8, 1), np.uint8)
+    pixels[:, 2:5, 3:6] = 255
+    save_npz(tmp_path / "data.npz", SceneData.from_images("squares", pixels))
+    data = str(tmp_path / "data.npz")
+    for preset in ("fast", "odd"):
+        config = make_config("plain", data, preset)
+        assert (config.train, config.schedule, config.net) == (TrainConfig(), Schedule(), CONFIG)
+    config = make_config(
+        "plain", data, settings=("learning_rate=0.01", "ramp=0", "batch_size=4"), steps=20
+    )
+    assert config.schedule == Schedule(learning_rate=0.01, ramp=0)
+    history = train(config, tmp_path / "run", device="cpu", progress=False)
+    loss = history["loss"][1]
+    assert loss[-1] < loss[0]
+    assert isinstance(checkpoint.load(tmp_path / "run").model, ConvVAE)
