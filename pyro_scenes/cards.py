@@ -5,7 +5,6 @@ Everything a card says is read from runs and measured here; nothing is typed.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.data import DATASETS
-from pyro_scenes.data.files import atomic_write, write_json
+from pyro_scenes.data.files import atomic_write, read_json, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.report import CROWDED_LABEL, held_out
@@ -59,8 +58,11 @@ def ship(
     :param runs: finished runs of one command that differ in their seeds alone.
     :param images: test images of each kind. :param nll_images: of those, the likelihood of so many.
     :return: the card.
-    :raises UserError: if a run is missing, unfinished or not of the same command.
+    :raises UserError: if a run is missing, unfinished or not of the same command, or a name would
+        lead out of the folder.
     """
+    if Path(name).name != name:
+        raise UserError(f"{name!r} is not a name: it has folders in it")
     loaded = [checkpoint.load(run, device) for run in runs]
     _same_command(loaded)
     entries = []
@@ -92,7 +94,7 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
     )
     rows = []
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
+        content = read_json(path, ("name", "runs"))
         runs = content["runs"]
         by_label = _by_label(runs)
         figures = next(iter(by_label.values()))
@@ -154,7 +156,7 @@ def _measure(
     weights = checkpoint.digest(trained.path)
     kept = run / f"figures-{images}-{nll_images or images}x{particles}-{weights}.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        return read_json(kept, ("seed", "steps", "training_seconds", "machine", "figures"))
     assert trained.training is not None
     entry = {
         "seed": trained.config.seed,

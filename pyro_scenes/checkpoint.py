@@ -1,20 +1,25 @@
 """Checkpoints: one file with the configuration, the weights and, in a run, the training's state.
 
 A file is a ``torch.save`` of plain tensors, numbers, strings and containers, written whole or not
-at all, and read with ``weights_only=True``: a stranger's file cannot run code.
+at all. A stranger's file cannot run code, and what it claims is checked before memory is taken for
+it: see tensors.py for the file, and ``build`` for the model that its settings ask for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from pyro_scenes.config import RunConfig
-from pyro_scenes.data.files import atomic_write
+from pyro_scenes import limits, tensors
+from pyro_scenes.config import LARGEST, RunConfig
+from pyro_scenes.data.files import atomic_write, parse_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.machine import keep_memory
 from pyro_scenes.models import MODELS, GenerativeModel
@@ -35,9 +40,46 @@ class Checkpoint:
     training: dict | None
 
 
+# What a checkpoint holds, by the types of the values.
+CONTENT = {"format": str, "config": str, "image_shape": list, "step": int, "model": dict}
+TRAINING = {
+    "optimizer": dict, "modules": dict, "random": Tensor, "random_cuda": list,
+    "seconds": (int, float), "machine": str, "history": dict,
+}
+# What makes tensors of a size.
+MAKERS = {
+    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye,
+    torch.arange, torch.linspace,
+}
+
+
 def build(config: RunConfig, image_shape: tuple[int, int, int]) -> GenerativeModel:
-    """A new model. :param image_shape: (C, H, W). :raises UserError: if it does not suit."""
-    return MODELS[config.model][0](config.net, image_shape)
+    """A new model.
+
+    :param image_shape: (C, H, W).
+    :raises UserError: if it does not suit, or takes more memory than a file may ask for.
+    """
+    with _Metered():
+        return MODELS[config.model][0](config.net, image_shape)
+
+
+class _Metered(TorchFunctionMode):
+    """Refuses to make more tensors than a file may ask for, before the one too many is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in MAKERS:
+            try:
+                size = function(*args, **{**kwargs, "device": "meta"}).nbytes
+            except RuntimeError:  # more bytes than can be counted
+                size = 2**63
+            self.made += size
+            limits.check("the model of these settings", self.made)
+        return function(*args, **kwargs)
 
 
 def save(
@@ -55,8 +97,11 @@ def save(
         "model": model.state_dict(),
         "training": training,
     }
+    # Into memory first: torch does not say well what becomes of a write that fails.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with atomic_write(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
 def load(name: str | Path, device: str = "cpu") -> Checkpoint:
@@ -68,12 +113,19 @@ def load(name: str | Path, device: str = "cpu") -> Checkpoint:
     path = find(name)
     content = read(path)
     target = resolve(device)
-    config = RunConfig.from_dict(json.loads(content["config"]))
-    model = build(config, tuple(content["image_shape"]))
+    config = configuration(content)
     try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
+        model = build(config, tuple(content["image_shape"]))
+    except (ArithmeticError, RuntimeError, ValueError) as error:  # of settings that make no sense
         raise _foreign(path) from error
+    wanted = model.state_dict()
+    kinds = ({name: _kind(value) for name, value in state.items()}
+             for state in (content["model"], wanted))
+    if next(kinds) != next(kinds):
+        raise _foreign(path)
+    if not all(value.isfinite().all() for value in content["model"].values()):
+        raise UserError(f"{path} has weights that are not finite: its training went wrong")
+    model.load_state_dict(content["model"])
     return Checkpoint(
         model.to(target).eval(), config, content["step"], path, content["training"]
     )
@@ -96,17 +148,54 @@ def find(name: str | Path) -> Path:
 def read(path: Path) -> dict:
     """The content of a file. :raises UserError: if it is not one of ours, or damaged."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = tensors.read(path)
+    except (UserError, MemoryError):
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever a foreign file makes of the reader
         raise _foreign(path) from error
-    wanted = {"format", "config", "image_shape", "step", "model", "training"}
-    if not isinstance(content, dict) or not wanted <= content.keys():
+    if not isinstance(content, dict) or not isinstance(content.get("format"), str):
         raise _foreign(path)
     if content["format"] != FORMAT:
-        raise UserError(f"{path} is of another format: {content['format']!r}, not {FORMAT!r}")
+        raise UserError(f"{path} is of another format: {content['format']!r:.80}, not {FORMAT!r}")
+    training = content.get("training", False)
+    if not (_holds(content, CONTENT) and (training is None or _is_training(training))):
+        raise _foreign(path)
+    sizes = content["image_shape"]
+    if not (len(sizes) == 3 and all(type(n) is int and 0 < n <= LARGEST for n in sizes)):
+        raise _foreign(path)
     return content
+
+
+def configuration(content: dict) -> RunConfig:
+    """The configuration in the content of a checkpoint. :raises UserError: if there is none."""
+    try:
+        values = parse_json(content["config"])
+    except ValueError as error:
+        raise UserError(f"the checkpoint's configuration cannot be read ({error})") from error
+    return RunConfig.from_dict(values)
+
+
+def _holds(content: object, kinds: dict) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(content.get(name), kind) for name, kind in kinds.items())
+
+
+def _is_training(content: object) -> bool:
+    """Whether there is what a run goes on from, with a history of numbers."""
+    return _holds(content, TRAINING) and all(
+        type(name) is str and isinstance(series, list | tuple) and len(series) == 2
+        and all(type(part) is list and len(part) == len(series[0]) for part in series)
+        and all(type(step) is int for step in series[0])
+        and all(type(value) is float for value in series[1])
+        for name, series in content["history"].items()  # type: ignore[index]
+    )
+
+
+def _kind(value: object) -> object:
+    """What two tensors must have in common to take each other's place; None for anything else."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else None
 
 
 def digest(path: Path) -> str:

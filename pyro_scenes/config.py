@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import sys
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pyro_scenes.data import DATASETS
 from pyro_scenes.errors import UserError
@@ -82,6 +82,10 @@ LEAST = {
     **dict.fromkeys(("temperature", "temperature_end", "logit_scale"), 1e-6),
     **dict.fromkeys(("floor", "likelihood_floor"), 1e-7),
 }
+# What would take memory or time without end if it were larger, whoever asks for it.
+MOST = {"grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999}
+LARGEST = 2**16  # of any other whole number in a network's settings, and of an image's sides
+LAYERS = 100  # numbers in one setting
 
 
 @dataclass(frozen=True)
@@ -116,19 +120,27 @@ class RunConfig:
     def from_dict(values: dict) -> RunConfig:
         """The inverse of ``to_dict``, through JSON or not.
 
-        :raises UserError: if it names what this version does not know.
+        :raises UserError: if it names what this version does not know, or for values of the wrong
+            type or size.
         """
         try:
             config = make_config(
                 values["model"], values["data"], values["preset"], seed=values["seed"], known=False
             )
+            if not (_suits(config.data, str) and _suits(config.seed, int)):
+                raise TypeError("data is a name, and seed a whole number")
             for part in RunConfig.parts:
                 now = getattr(config, part)
+                kinds = typing.get_type_hints(type(now))
                 # Lists are what JSON leaves of tuples.
                 given = {k: tuple(v) if isinstance(v, list) else v for k, v in values[part].items()}
+                for name, value in given.items():
+                    if not _suits(value, kinds[name]):
+                        raise TypeError(f"{name} is {value!r:.60}")
                 config = replace(config, **{part: replace(now, **given)})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"the configuration is not of this version ({error})") from error
+            raise UserError(f"the configuration is not of this version ({error!s:.200})") from error
+        _check_sizes(config)
         return config
 
 
@@ -149,10 +161,10 @@ def make_config(
     :raises UserError: on unknown names and values of the wrong type.
     """
     if model not in MODELS:
-        raise UserError(f"no model is called {model!r}; there are {', '.join(MODELS)}")
+        raise UserError(f"no model is called {model!r:.60}; there are {', '.join(MODELS)}")
     _, presets, suited = MODELS[model]
     if preset not in presets:
-        raise UserError(f"{model} has no preset {preset!r}; it has {', '.join(presets)}")
+        raise UserError(f"{model} has no preset {preset!r:.60}; it has {', '.join(presets)}")
     if known and data not in DATASETS and not Path(data).is_file():
         raise UserError(
             f"no data set and no file is called {data!r}; the data sets are {', '.join(DATASETS)}"
@@ -167,12 +179,37 @@ def make_config(
         settings = [*settings, f"steps={steps}"]
     for setting in settings:
         config = _set(config, setting)
-    for part in RunConfig.parts:
-        for name, least in LEAST.items():
-            value = getattr(getattr(config, part), name, least)
-            if np.min(value) < least:
-                raise UserError(f"{name} must be at least {least:g}, not {value}")
+    _check_sizes(config)
     return config
+
+
+def _check_sizes(config: RunConfig) -> None:
+    """:raises UserError: for settings that are too small or too large."""
+    for part in RunConfig.parts:
+        for name, value in vars(getattr(config, part)).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if isinstance(value, str) or not numbers:
+                continue
+            least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
+            if part == "net" and all(type(number) is int for number in numbers):
+                most = min(most, LARGEST)
+            if min(numbers) < least:
+                raise UserError(f"{name} must be at least {least:g}, not {value!s:.60}")
+            if max(numbers) > most:
+                raise UserError(f"{name} must be at most {most:g}, not {value!s:.60}")
+            if len(numbers) > LAYERS:
+                raise UserError(f"{name} must be {LAYERS} numbers at most, not {len(numbers)}")
+
+
+def _suits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a setting; numbers are finite and not negative."""
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_suits(item, inner) for item in value)
+    if kind in (int, float):
+        known = type(value) is int or (kind is float and type(value) is float)
+        return known and 0 <= value <= sys.float_info.max
+    return type(value) is kind
 
 
 def _set(config: RunConfig, setting: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""What ends a command in good order: wrong input, as opposed to a wrong program, and SIGTERM."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The commands print it after ``Error:`` and exit with status 2.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is treated like Ctrl-C."""

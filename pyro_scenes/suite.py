@@ -7,7 +7,6 @@ figures alone.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from pyro_scenes import cards, checkpoint
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.data import DATASETS, load, make
-from pyro_scenes.data.files import write_json
+from pyro_scenes.data.files import read_json, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.models import SceneModel
@@ -105,7 +104,7 @@ def run(
                 "weights": checkpoint.digest(trained.path),
                 "asked": [images, nll_images, particles],
             }
-            kept = json.loads(file.read_text()) if file.exists() else {}
+            kept = _read(file)
             if {key: kept.get(key) for key in asked} == asked:
                 continue
             figures = asked | _measure(
@@ -230,13 +229,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _contents() -> dict[str, dict]:
     """What the cards of all shipped checkpoints were made from, by name."""
     return {
-        name: json.loads(path.with_suffix(".json").read_text())
+        name: read_json(path.with_suffix(".json"), ("name", "runs"))
         for name, path in checkpoint.shipped().items()
     }
 
 
 def _read(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file, ("weights", "asked")) if file.exists() else {}
 
 
 def _asked(folder: Path, data: str) -> str:

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from tqdm import tqdm
 from pyro_scenes import checkpoint
 from pyro_scenes.config import RunConfig, TrainConfig
 from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
-from pyro_scenes.data.files import write_json
-from pyro_scenes.errors import UserError
+from pyro_scenes.data.files import alone_in, remove_unfinished, write_json
+from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.evaluate import look
 from pyro_scenes.machine import described
 from pyro_scenes.objectives import objective, temporarily
@@ -55,24 +55,36 @@ def train(
 
     :param on_record: is told what has just been added to the run's history.
     :raises UserError: for bad settings or data, a run that is there already without ``resume`` or
-        ``force``, a resumed run with other settings, and a loss that is not finite.
-    :raises KeyboardInterrupt: after the last step was saved.
+        ``force``, a resumed run with other settings, another training in the folder, and a loss
+        that is not finite.
+    :raises KeyboardInterrupt: after the last step was saved; Terminated for SIGTERM.
+    :raises OSError: where a file cannot be written; the last one that was is kept.
     """
     path = out / checkpoint.FILE
-    kept = _resumable(path, config) if resume and path.exists() else None
-    if kept is None and path.exists() and not force:
-        raise UserError(f"{out} holds a run already: use --resume, --force or another --out")
-    run = Run(config, device, mnist)
-    run.on_record = on_record
-    if kept is not None:
-        run.restore(kept)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made: {error.strerror}") from error
-    write_json(out / "config.json", config.to_dict())
-    run.loop(out, progress)
-    return run.history
+    with ExitStack() as stack:
+        there = out.exists()
+        if there:
+            stack.enter_context(alone_in(out))
+        kept = _resumable(path, config) if resume and path.exists() else None
+        if kept is None and path.exists() and not force:
+            raise UserError(f"{out} holds a run already: use --resume, --force or another --out")
+        run = Run(config, device, mnist)
+        run.on_record = on_record
+        if kept is not None:
+            run.restore(kept, path)
+        if not there:
+            try:
+                out.mkdir(parents=True)  # fails if another training has made it meanwhile
+            except OSError as error:
+                raise UserError(f"{out} cannot be made: {error.strerror}") from error
+            stack.enter_context(alone_in(out))
+        for name in (checkpoint.FILE, "config.json", "history.json"):
+            remove_unfinished(out / name)
+        write_json(out / "config.json", config.to_dict())
+        if kept is not None:  # A process that was killed may have written one file and not both.
+            write_json(out / "history.json", run.history)
+        run.loop(out, progress)
+        return run.history
 
 
 class Run:
@@ -128,7 +140,7 @@ class Run:
                 dynamic_ncols=True,
             ) as bar,
         ):
-            while self.step < settings.steps and not stop.is_set():
+            while self.step < settings.steps and not stop:
                 logged = self.advance()
                 self.seconds = time.perf_counter() - started
                 bar.update()
@@ -140,11 +152,11 @@ class Run:
                     figures |= self.look()
                 if self.step % settings.log_every == 0 or last:
                     bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
-                if self.step % settings.checkpoint_every == 0 or last or stop.is_set():
+                if self.step % settings.checkpoint_every == 0 or last or stop:
                     self.save(out)
-            if stop.is_set():
+            if stop:
                 self.save(out)
-                raise KeyboardInterrupt
+                raise Terminated if stop[0] == signal.SIGTERM else KeyboardInterrupt
 
     def advance(self) -> dict[str, float]:
         """One step. :raises UserError: before anything is changed, if the loss is not finite."""
@@ -162,22 +174,33 @@ class Run:
         for name, value in (("loss", figures["loss"]), ("gradient", float(norm))):
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {name} is not finite at step {self.step + 1}: the last good checkpoint"
-                    " is kept; try a new run with a lower learning rate, or look at the data"
+                    f"the {name} is not finite at step {self.step + 1},"
+                    f" {self._described(self.step)}: the last good checkpoint is kept; try a new"
+                    " run with a lower learning rate, or look at the data"
                 )
         self.optimizer.step()
         self.step += 1
         return figures
 
     def batch(self, step: int) -> Tensor:
-        """The images of a step, (B, C, H, W): a new order each epoch, known from the seed."""
+        """The images of a step, (B, C, H, W)."""
+        return self.data.batch(self._index(step)).to(self.device)
+
+    def _index(self, step: int) -> np.ndarray:
+        """The numbers of a step's images, (B,): a new order each epoch, known from the seed."""
         size = self.config.train.batch_size
         epoch, position = divmod(step, len(self.data) // size)
         if self._order is None or self._order[0] != epoch:
             order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data))
             self._order = epoch, order
-        index = self._order[1][position * size : (position + 1) * size]
-        return self.data.batch(index).to(self.device)
+        return self._order[1][position * size : (position + 1) * size]
+
+    def _described(self, step: int) -> str:
+        """The batch of a step in words, for whoever looks for the image that does harm."""
+        batches = len(self.data) // self.config.train.batch_size
+        epoch, position = divmod(step, batches)
+        numbers = ", ".join(map(str, self._index(step)))
+        return f"batch {position + 1} of {batches} in epoch {epoch + 1}, images {numbers} from 0"
 
     def look(self) -> dict[str, float]:
         """Figures on held-out images; draws no random numbers of the training's."""
@@ -195,6 +218,12 @@ class Run:
             self.on_record(self, figures)
 
     def save(self, out: Path) -> None:
+        """Write the run into its folder. :raises UserError: if a weight is not finite."""
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise UserError(
+                f"a weight is not finite after step {self.step}: the last good checkpoint is kept;"
+                " try a new run with a lower learning rate"
+            )
         training = {
             "optimizer": self.optimizer.state_dict(),
             "modules": self.objective.modules.state_dict(),
@@ -207,24 +236,44 @@ class Run:
         checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)
         write_json(out / "history.json", self.history)
 
-    def restore(self, content: dict) -> None:
-        """Go on from the content of a checkpoint of the same configuration."""
+    def restore(self, content: dict, path: Path) -> None:
+        """Go on from the content of a checkpoint of the same configuration, read from ``path``.
+
+        :raises UserError: if it does not fit.
+        """
         training = content["training"]
-        self.model.load_state_dict(content["model"])
-        self.objective.modules.load_state_dict(training["modules"])
-        self.optimizer.load_state_dict(training["optimizer"])
-        torch.set_rng_state(training["random"])
-        if self.device.type == "cuda" and training["random_cuda"]:
-            torch.cuda.set_rng_state_all(training["random_cuda"])
+        try:
+            self.model.load_state_dict(content["model"])
+            self.objective.modules.load_state_dict(training["modules"])
+            self._restore_optimizer(training["optimizer"])
+            torch.set_rng_state(training["random"])
+            if self.device.type == "cuda" and training["random_cuda"]:
+                torch.cuda.set_rng_state_all(training["random_cuda"])
+            self.history = {k: (list(s), list(v)) for k, (s, v) in training["history"].items()}
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:
+            raise UserError(f"{path} does not fit its own settings: it is damaged") from error
         self.step, self.seconds = content["step"], training["seconds"]
-        self.history = {k: (list(s), list(v)) for k, (s, v) in training["history"].items()}
+
+    def _restore_optimizer(self, kept: dict) -> None:
+        """:raises ValueError: if what it kept of a parameter is not of its shape."""
+        settings = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(kept)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # of the configuration, whatever the file says
+        for parameter, state in self.optimizer.state.items():
+            if any(value.dim() and value.shape != parameter.shape for value in state.values()):
+                raise ValueError("a moment is of another shape than its parameter")
 
 
 def _resumable(path: Path, config: RunConfig) -> dict:
     """The content of a checkpoint. :raises UserError: if no run of ``config`` goes on from it."""
     content = checkpoint.read(path)
     # Settings that came after the run have the values that did what it did.
-    kept = _flat(RunConfig.from_dict(json.loads(content["config"])).to_dict())
+    kept = _flat(checkpoint.configuration(content).to_dict())
     now = _flat(config.to_dict())
     changed = sorted({name for name, _ in kept.items() ^ now.items()})
     if changed:
@@ -276,19 +325,19 @@ def _flat(values: dict, prefix: str = "") -> dict[str, str]:
 
 
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a step is finished and saved first.
+def _signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in a list, so that a step is finished and saved first.
 
     A second Ctrl-C does not wait.
     """
-    stop = threading.Event()
+    stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: object) -> None:
-        stop.set()
+        stop.append(number)
         for known, previous in before.items():
             signal.signal(known, previous)
 

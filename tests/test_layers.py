@@ -8,13 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pyro_scenes"
 # What a file or a folder of the package is called, and how high it lies.
 LAYERS = {
-    "errors": 0, "machine": 0, "scene": 0, "spatial": 0, "affine": 0, "distributions": 0,
+    "errors": -1, "machine": 0, "scene": 0, "spatial": 0, "affine": 0, "distributions": 0,
+    "limits": 0, "pickles": 0,
     "nets": 1, "priors": 1, "likelihoods": 1, "metrics": 1, "plots": 1, "graph": 1,
     "attention": 1,
     "data": 1,
     "models": 2,
     "objectives": 3, "bounds": 3, "pictures": 3, "swaps": 3,
-    "evaluate": 4, "config": 4,
+    "evaluate": 4, "config": 4, "tensors": 4,
     "checkpoint": 5,
     "training": 6, "report": 6,
     "cards": 7, "page": 7,

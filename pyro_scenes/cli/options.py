@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pyro_scenes import __version__
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import Terminated, UserError
 
 
 class Command(click.Command):
-    """Bad input becomes one line on stderr and exit status 2, an interruption status 130."""
+    """Bad input becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM 143."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _sigterm_raises():
+                return super().invoke(ctx)
         except UserError as error:
             message = str(error)
+        except MemoryError:
+            message = "there is not enough memory"
         except OSError as error:
             if error.filename is None:
                 raise
             message = f"{error.filename}: {error.strerror}"
         except KeyboardInterrupt as interrupt:
-            click.echo(str(interrupt) or "Interrupted.", err=True)
-            ctx.exit(130)
+            said, status = "Interrupted.", 130
+            if isinstance(interrupt, Terminated):
+                said, status = "Terminated.", 143
+            click.echo(str(interrupt) or said, err=True)
+            ctx.exit(status)
         click.echo("Error: " + " ".join(message.split()), err=True)
         ctx.exit(2)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises Terminated, so that files are closed and removed as on Ctrl-C."""
+    def handle(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class CountRange(click.ParamType):

@@ -16,7 +16,7 @@ from pyro_scenes.cli.options import (
     seed_option,
     version_option,
 )
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import Terminated, UserError
 
 if TYPE_CHECKING:
     from pyro_scenes.training import Run
@@ -61,9 +61,10 @@ def train(model: str, data: str, preset: str, steps: int | None, seed: int, devi
     try:
         training.train(config, out, resume=resume, force=force, device=device, mnist=mnist,
                        on_record=log)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"Interrupted. The same command with --resume goes on with the run in {out}.")
+    except KeyboardInterrupt as interrupt:
+        said = "Terminated" if isinstance(interrupt, Terminated) else "Interrupted"
+        raise type(interrupt)(
+            f"{said}. The same command with --resume goes on with the run in {out}.")
     finally:
         if log:
             log.close()

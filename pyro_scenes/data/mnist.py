@@ -78,6 +78,8 @@ def parse_idx(content: bytes, source: str) -> np.ndarray:
     if content[2] != 8:
         raise UserError(f"{source} holds elements of type 0x{content[2]:02x}; only uint8 (0x08) "
                         "is read")
+    if content[3] > 3:
+        raise UserError(f"{source} has {content[3]} axes; MNIST's images have 3, and labels 1")
     start = 4 + 4 * content[3]
     if content[3] == 0 or len(content) < start:
         raise UserError(f"{source} has an incomplete IDX header; get the file again")
@@ -85,15 +87,23 @@ def parse_idx(content: bytes, source: str) -> np.ndarray:
     if len(content) - start != math.prod(shape):
         raise UserError(f"{source} has {len(content) - start} bytes of data where its header says "
                         f"{math.prod(shape)}; get the file again")
+    if not math.prod(shape):
+        raise UserError(f"{source} has no elements; get the file again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def _from_folder(folder: Path, name: str) -> tuple[np.ndarray, Path]:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
-            return parse_idx(_decompressed(path, path.read_bytes()), str(path)), path
+            return parse_idx(_decompressed(path, _read(path)), str(path)), path
     raise UserError(f"{folder} has no {name} or {name}.gz; --mnist and {VARIABLE} name a folder "
                     "with MNIST's IDX files")
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes, or so many that it is refused as too large."""
+    with open(path, "rb") as file:
+        return file.read(LIMIT + 1)
 
 
 def _from_cache(name: str) -> tuple[np.ndarray, Path]:
@@ -101,7 +111,7 @@ def _from_cache(name: str) -> tuple[np.ndarray, Path]:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(home) / "pyro_scenes" / "mnist" / f"{name}.gz"
     try:
-        content = _verified(path, path.read_bytes())
+        content = _verified(path, _read(path))
     except (OSError, UserError):
         content = _download(path)
     return parse_idx(content, str(path)), path

@@ -13,6 +13,7 @@ Where there is no images, x, uint8 (N, H, W), gives grey images alone: see `pyro
 
 from __future__ import annotations
 
+import io
 import math
 import tokenize
 import zipfile
@@ -25,11 +26,13 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from pyro_scenes.data.files import atomic_write
+from pyro_scenes import limits
+from pyro_scenes.data.files import atomic_write, open_zip
 from pyro_scenes.data.scene_data import SceneData
 from pyro_scenes.errors import UserError
 
-LIMIT = 16 * 2**30  # bytes that one array may claim, against damaged and hostile headers
+MOST = 255  # objects in an image, as many as a segmentation map could tell apart; and categories
+HEADER = 10_000  # bytes of an array's header, which numpy limits to as many after reading it
 # Kinds of dtype accepted, what they are called, and the axes.
 SCHEMA = {
     "images": ("u", "uint8", ("N", "H", "W", "C")),
@@ -72,10 +75,11 @@ def load_npz(path: str | Path) -> SceneData:
     """
     path = Path(path)
     with readable(path):
-        with zipfile.ZipFile(path) as archive:
-            names = _check_headers(path, archive)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in names}
+        with open_zip(path) as archive:
+            arrays = {}
+            for name in _check_headers(path, archive):
+                with archive.open(f"{name}.npy") as entry:
+                    arrays[name] = npy.read_array(entry, allow_pickle=False)
     if "x" in arrays:
         arrays["images"] = arrays.pop("x")[..., None]
     _check_values(path, arrays)
@@ -102,11 +106,15 @@ def readable(path: Path) -> Iterator[None]:
 
 def read_header(name: str, entry: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     """An array's shape and dtype; the entry is left where its values begin."""
-    version = npy.read_magic(entry)
+    beginning = io.BytesIO(entry.read(HEADER))
+    version = npy.read_magic(beginning)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"{name} has the npy format {version}")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(entry)
+    shape, _, dtype = read(beginning)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name} has the shape {shape}")
+    entry.seek(beginning.tell())
     return shape, dtype
 
 
@@ -115,6 +123,7 @@ def _check_headers(path: Path, archive: zipfile.ZipFile) -> list[str]:
     entries = {info.filename: info for info in archive.infolist()}
     present = [name for name in SCHEMA if f"{name}.npy" in entries]
     lengths: dict[str, int] = {"4": 4}
+    taken = 0
     if "images" not in present:
         if "x.npy" not in entries:
             raise UserError(f"{path} has no array called images; it needs one, uint8 (N, H, W, C)")
@@ -133,9 +142,9 @@ def _check_headers(path: Path, archive: zipfile.ZipFile) -> list[str]:
         if len(shape) != len(axes):
             raise UserError(f"{path}: {name} has shape {shape}; it must be {wanted}")
         size = math.prod(shape) * dtype.itemsize
-        if size > LIMIT:
-            raise UserError(f"{path}: {name} claims {size / 2**30:.0f} GiB, more than "
-                            f"{LIMIT // 2**30}; split the file")
+        # Numbers that are no pixels are kept in 8 bytes at most, whatever they come in.
+        taken += size if called == "uint8" else math.prod(shape) * max(dtype.itemsize, 8)
+        limits.check(f"{path}: {name}", taken)
         if header + size > info.file_size:
             raise ValueError(f"{name} is cut short")
         for axis, length in zip(axes, shape):
@@ -154,13 +163,15 @@ def _check_headers(path: Path, archive: zipfile.ZipFile) -> list[str]:
 def _check_values(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Whether counts, categories and boxes tell the same story."""
     counts, categories, boxes = (arrays.get(name) for name in ("counts", "categories", "boxes"))
-    if counts is not None and counts.min() < 0:
-        raise UserError(f"{path}: counts has {counts.min()}; a count is 0 or more")
+    if counts is not None and (counts.min() < 0 or counts.max() > MOST):
+        worst = counts.min() if counts.min() < 0 else counts.max()
+        raise UserError(f"{path}: counts has {worst}; a count is 0 to {MOST}")
     told = {}
     if categories is not None:
-        if categories.size and categories.min() < -1:
-            raise UserError(f"{path}: categories has {categories.min()}; a category is 0 or more, "
-                            "or -1 for none")
+        if categories.size and (categories.min() < -1 or categories.max() > MOST):
+            worst = categories.min() if categories.min() < -1 else categories.max()
+            raise UserError(f"{path}: categories has {worst}; a category is 0 to {MOST}, or -1 for "
+                            "none")
         told["categories"] = categories >= 0
     if boxes is not None:
         given = ~np.isnan(boxes)

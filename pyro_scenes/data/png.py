@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pyro_scenes import limits
+from pyro_scenes.data.files import check_regular
 from pyro_scenes.errors import UserError
 
+BYTES = 4  # that a pixel takes while it is read, or less
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
 
 
@@ -21,7 +25,8 @@ def load_pngs(paths: Sequence[str | Path], channels: int) -> np.ndarray:
         channels: C; pixels are turned to grey (1, luma) or colour (3).
 
     Raises:
-        UserError: nothing there, an unreadable file, or files of different sizes.
+        UserError: nothing there, an unreadable file, files of different sizes, or more pixels
+            than may be taken, see `limits`.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -35,27 +40,35 @@ def load_pngs(paths: Sequence[str | Path], channels: int) -> np.ndarray:
         raise UserError("no images given; give an npz file, PNG files or a folder of them")
     images: list[np.ndarray] = []
     for file in files:
-        images.append(_read_png(file, channels))
+        images.append(_read_png(file, channels, sum(image.size for image in images) // channels))
         if images[-1].shape != images[0].shape:
             raise UserError(f"{file} is {_size(images[-1])} and {files[0]} is {_size(images[0])} "
                             "pixels (height x width): give images of one size at a time")
     return np.stack(images)
 
 
-def _read_png(path: Path, channels: int) -> np.ndarray:
+def _read_png(path: Path, channels: int, before: int) -> np.ndarray:
+    """One file. :param before: pixels that the files before it had."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-                raise UserError(f"{path} has pixels of mode {image.mode}; save it with 8 bits a "
-                                "channel")
-            pixels = np.asarray(image.convert(MODES[channels]))
-            return pixels.reshape(image.height, image.width, channels)
+        check_regular(path)
+        # What is odd about a file is said once, and not by Pillow.
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG"]) as image:
+                limits.check(path, BYTES * (before + image.width * image.height))
+                if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                    raise UserError(f"{path} has pixels of mode {image.mode}; save it with 8 bits "
+                                    "a channel")
+                pixels = np.asarray(image.convert(MODES[channels]))
+                return pixels.reshape(image.height, image.width, channels)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is no PNG file; give an npz file or PNG files") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read ({error}); save it again as PNG") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
+            Image.DecompressionBombWarning) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}); save it again as PNG") from None
 
 
 def _size(image: np.ndarray) -> str:

@@ -12,31 +12,24 @@ in for. Anything else is refused, and nothing of the file or of numpy is called.
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyro_scenes.data.npz import load_npz, read_header, readable
+from pyro_scenes import pickles
+from pyro_scenes.data.files import open_zip, read_entry
+from pyro_scenes.data.npz import MOST, load_npz, read_header, readable
 from pyro_scenes.data.scene_data import SceneData
 from pyro_scenes.errors import UserError
 
-MOST = 255  # digits in an image: as many as a segmentation map could tell apart
 IMAGE_BYTES = 1024  # of pickle an image, at most, against files that claim too much
 # What numpy pickles an array of lists of ints with, in all its versions. `encode` makes bytes.
 NAMES = {
     ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"), ("_codecs", "encode"),
 }
-OPCODES = set(
-    "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE BUILD MEMOIZE BINPUT LONG_BINPUT BINGET "
-    "LONG_BINGET BININT BININT1 BININT2 NONE NEWTRUE NEWFALSE BINUNICODE SHORT_BINUNICODE "
-    "SHORT_BINBYTES TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST APPEND APPENDS".split())
 
 
 def load_pyro_mnist(path: str | Path, trust: bool = False) -> SceneData:
@@ -50,7 +43,7 @@ def load_pyro_mnist(path: str | Path, trust: bool = False) -> SceneData:
     """
     path = Path(path)
     data = load_npz(path)
-    with readable(path), zipfile.ZipFile(path) as archive:
+    with readable(path), open_zip(path) as archive:
         if "images.npy" in archive.namelist() or "y.npy" not in archive.namelist():
             raise UserError(f"{path} is not from Pyro's multi_mnist, whose files have x and y; "
                             "--data takes it as it is")
@@ -65,7 +58,8 @@ def load_pyro_mnist(path: str | Path, trust: bool = False) -> SceneData:
                     "the file; add --trust-pickled-labels to read them as lists of numbers alone")
             if archive.getinfo("y.npy").file_size > IMAGE_BYTES * (1 + len(data)):
                 raise UserError(f"{path}: y is too long for labels of {len(data)} images")
-            pickled = entry.read()
+            header = entry.tell()
+        pickled = bytes(read_entry(archive, archive.getinfo("y.npy"))[header:])
     rows = _unpickle(path, pickled)
     if len(shape) == 2 and len(rows) == shape[0] * shape[1]:
         rows = [rows[i * shape[1]:(i + 1) * shape[1]] for i in range(shape[0])]
@@ -82,34 +76,10 @@ def load_pyro_mnist(path: str | Path, trust: bool = False) -> SceneData:
     return replace(data, counts=counts, categories=categories)
 
 
-class _Inert:
-    """In place of numpy's array, its type and what makes them: keeps its state, runs nothing."""
-
-    state: Any = None
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in NAMES:
-            raise UserError(f"asks for {module}.{name}")
-        return _Inert
-
-
 def _unpickle(path: Path, pickled: bytes) -> list[Any]:
     """The elements of a pickled array of objects, in order."""
     try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            # For LONG_BINPUT the unpickler makes room up to the argument, which may be anything.
-            if opcode.name not in OPCODES or (
-                    opcode.name == "LONG_BINPUT" and (argument or 0) > len(pickled)):
-                raise UserError(f"has {opcode.name}")
-        array = _Unpickler(io.BytesIO(pickled)).load()
+        array, _ = pickles.look(pickled, NAMES)
         *_, elements = array.state
         if type(elements) is not list:
             raise TypeError("has no list")

@@ -63,9 +63,12 @@ class SceneData:
     def from_images(cls, name: str, images: np.ndarray, **truth: Any) -> SceneData:
         """Wrap images (uint8 (N, H, W, C)), as bits where every byte is 0 or 255."""
         height, width, channels = images.shape[1:]
-        blocks = [images[i:i + BLOCK] for i in range(0, len(images), BLOCK)]
+        blocks = (images[i:i + BLOCK] for i in range(0, len(images), BLOCK))
         pixels = images
-        if all(np.all((block == 0) | (block == 255)) for block in blocks):
+        every = images.ravel("K")  # in memory's order, so that nothing is copied
+        # By numbers of bytes, not of images: a single image may be all there is.
+        parts = (every[i:i + BLOCK**2] for i in range(0, len(every), BLOCK**2))
+        if all(np.all((part == 0) | (part == 255)) for part in parts):
             flat = (b.transpose(0, 3, 1, 2).reshape(len(b), -1) for b in blocks)
             pixels = np.concatenate([np.packbits(block, axis=1) for block in flat])
         return cls(name, (height, width, channels), pixels, **truth)
