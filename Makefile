@@ -8,7 +8,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-slow lint results notebooks bench setup clean
+.PHONY: train test test-slow fuzz lint results notebooks bench setup clean
 
 # Goes on with the run that is there, if there is one.
 train: $(READY)
@@ -19,6 +19,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m slow
+
+# A million damaged files, in an hour or so on one core; see the file for what else it does.
+fuzz: $(READY)
+	$(PY) tests/fuzz.py --inputs 1000000
 
 lint: $(READY)
 	$(PY) -m flake8 pyro_scenes tests bin/*

@@ -61,7 +61,7 @@ def ship(
     :raises UserError: if a run is missing, unfinished or not of the same command, or a name would
         lead out of the folder.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise UserError(f"{name!r} is not a name: it has folders in it")
     loaded = [checkpoint.load(run, device) for run in runs]
     _same_command(loaded)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_scenes import limits, tensors
 from pyro_scenes.config import LARGEST, RunConfig
 from pyro_scenes.data.files import atomic_write, parse_json
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import UserError, reason
 from pyro_scenes.machine import keep_memory
 from pyro_scenes.models import MODELS, GenerativeModel
 
@@ -173,7 +173,7 @@ def configuration(content: dict) -> RunConfig:
     try:
         values = parse_json(content["config"])
     except ValueError as error:
-        raise UserError(f"the checkpoint's configuration cannot be read ({error})") from error
+        raise UserError(f"the checkpoint's settings cannot be read ({reason(error)})") from error
     return RunConfig.from_dict(values)
 
 

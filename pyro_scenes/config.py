@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_scenes.data import DATASETS
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import UserError, reason
 from pyro_scenes.models import MODELS
 from pyro_scenes.objectives import schedule
 
@@ -139,7 +139,8 @@ class RunConfig:
                         raise TypeError(f"{name} is {value!r:.60}")
                 config = replace(config, **{part: replace(now, **given)})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"the configuration is not of this version ({error!s:.200})") from error
+            said = reason(error)
+            raise UserError(f"the configuration is not of this version ({said})") from error
         _check_sizes(config)
         return config
 

@@ -10,3 +10,9 @@ class UserError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which is treated like Ctrl-C."""
+
+
+def reason(error: Exception) -> str:
+    """What another library's exception says, as a part of a line; it may quote any of a file."""
+    line = " ".join(str(error).split())[:200]
+    return "".join(c if c.isprintable() else "?" for c in line) or type(error).__name__

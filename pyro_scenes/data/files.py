@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyro_scenes import limits
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import UserError, reason
 
 # Bytes of an archive that are read at a time, and the most that its directory may have.
 CHUNK = 4 * 2**20
@@ -100,7 +100,8 @@ def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except ValueError as error:
-        raise UserError(f"{path} is not what it should be ({error}): remove it, or get it again") from None
+        raise UserError(f"{path} is not what it should be ({reason(error)}): remove it, or get it"
+                        " again") from None
     return content
 
 

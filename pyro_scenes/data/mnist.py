@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pyro_scenes.data.files import atomic_write
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import UserError, reason
 
 VARIABLE = "PYRO_SCENES_MNIST"
 MIRRORS = (
@@ -127,7 +127,7 @@ def _download(path: Path) -> bytes:
                 packed = answer.read(LIMIT + 1)
             content = _verified(url, packed)
         except (OSError, http.client.HTTPException, UserError) as error:
-            reasons.append(f"{url}: {' '.join(str(error).split()) or type(error).__name__}")
+            reasons.append(f"{url}: {reason(error)}")
             continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def _decompressed(source: object, content: bytes) -> bytes:
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(LIMIT + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{source} is damaged ({error}); get the file again") from None
+            raise UserError(f"{source} is damaged ({reason(error)}); get the file again") from None
     if len(content) > LIMIT:
         raise UserError(f"{source} holds more than {LIMIT} bytes; this is not MNIST")
     return content

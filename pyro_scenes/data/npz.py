@@ -29,7 +29,7 @@ from numpy.lib import format as npy
 from pyro_scenes import limits
 from pyro_scenes.data.files import atomic_write, open_zip
 from pyro_scenes.data.scene_data import SceneData
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import UserError, reason
 
 MOST = 255  # objects in an image, as many as a segmentation map could tell apart; and categories
 HEADER = 10_000  # bytes of an array's header, which numpy limits to as many after reading it
@@ -99,8 +99,7 @@ def readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path} does not exist") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError,
             RuntimeError, OSError, tokenize.TokenError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no readable npz file ({reason}); write it with numpy's "
+        raise UserError(f"{path} is no readable npz file ({reason(error)}); write it with numpy's "
                         "savez_compressed") from None
 
 

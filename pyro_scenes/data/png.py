@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pyro_scenes import limits
 from pyro_scenes.data.files import check_regular
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import UserError, reason
 
 BYTES = 4  # that a pixel takes while it is read, or less
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
@@ -65,10 +65,10 @@ def _read_png(path: Path, channels: int, before: int) -> np.ndarray:
         raise UserError(f"{path} does not exist") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is no PNG file; give an npz file or PNG files") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}); save it again as PNG") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes Pillow fail in any way
+        raise UserError(f"{path} cannot be read ({reason(error)}); save it again as PNG") from None
 
 
 def _size(image: np.ndarray) -> str:
