@@ -18,11 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy import typing
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-ArrayLike = NDArray[Any] | Tensor
+ArrayLike = typing.ArrayLike | Tensor  # lists of lists too
 
 
 def count_correct(inferred: ArrayLike, true: ArrayLike) -> NDArray[np.bool_]:

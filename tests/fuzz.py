@@ -68,9 +68,11 @@ class Target:
 
 NUMBERS = (0, 1, 2, 3, 7, 8, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**40,
            2**63 - 1, 2**63, 2**64 - 1, 10**30)
-VALUES = (*NUMBERS, -1, -2**63, 0.0, -0.5, 1e-30, 1e30, 1e308, float("nan"), float("inf"), None,
-          True, False, "", "x", "flow:1000", "mixture:1000", "flow:-1", "paper", "fast", [], {},
-          [1] * 200, [10**9], [[]], ["x"], {"x": 1}, "\n", "x" * 5000, [0], [65536, 65536])
+VALUES: tuple = (
+    *NUMBERS, -1, -2**63, 0.0, -0.5, 1e-30, 1e30, 1e308, float("nan"), float("inf"), None, True,
+    False, "", "x", "flow:1000", "mixture:1000", "flow:-1", "paper", "fast", [], {}, [1] * 200,
+    [10**9], [[]], ["x"], {"x": 1}, "\n", "x" * 5000, [0], [65536, 65536],
+)
 
 
 def bytewise(data: bytes, chance: random.Random) -> bytes:
@@ -113,15 +115,15 @@ def in_json(data: bytes, chance: random.Random) -> bytes:
     holder: dict | list = {"": content}
     key: str | int = ""
     while True:
-        inner = holder[key]  # type: ignore[index]
+        inner = holder[key]
         if not (isinstance(inner, dict | list) and inner) or chance.random() < 0.05:
             break
         holder = inner
         key = chance.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
     if isinstance(holder, dict) and chance.random() < 0.1:
-        del holder[key]  # type: ignore[arg-type]
+        del holder[key]
     else:
-        holder[key] = chance.choice(VALUES)  # type: ignore[index]
+        holder[key] = chance.choice(VALUES)
     return json.dumps(content).encode()
 
 

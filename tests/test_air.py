@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyro
@@ -30,6 +31,7 @@ from pyro_scenes.objectives.air import (
     OrderedGraph_ELBO,
     Rescue,
 )
+from pyro_scenes.objectives.base import Objective
 from pyro_scenes.priors import GeometricCount, UniformCount, presence_logits
 
 SHAPE = (1, 8, 8)
@@ -460,9 +462,9 @@ def test_poses_by_hand() -> None:
 
     config = replace(DISCRETE, scale_least=0.1, scale_most=0.7, angle_deviation=0.9, shear=True)
     for isotropic in (True, False):
-        model = DiscreteAIR(replace(config, isotropic=isotropic), SHAPE)
-        z = torch.tensor([[-50.0, 50.0, 1.0, 0.3, -0.2, 0.4, 0.0]])
-        scale, angle, shear, translation = model.pose(z)
+        discrete = DiscreteAIR(replace(config, isotropic=isotropic), SHAPE)
+        where = torch.tensor([[-50.0, 50.0, 1.0, 0.3, -0.2, 0.4, 0.0]])
+        scale, angle, shear, translation = discrete.pose(where)
         expected = [0.4, 0.4] if isotropic else [0.1, 0.7]
         assert scale[0].tolist() == pytest.approx(expected, abs=1e-4)
         assert angle.item() == pytest.approx(0.9)
@@ -496,7 +498,7 @@ def test_presences_of_a_geometric_count() -> None:
 def test_presences_of_a_uniform_count() -> None:
     found = presence_logits(UniformCount(1, 3)(), 5)
     assert found.isfinite().all()
-    expected = [[0, 1], [1 / 3, 2 / 3], [1 / 2, 1 / 2], [1, 0], [1, 0]]
+    expected = torch.tensor([[0, 1], [1 / 3, 2 / 3], [1 / 2, 1 / 2], [1, 0], [1, 0]])
     assert np.allclose(found.exp(), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -634,7 +636,8 @@ class Spy:
     """An ELBO that notes something each time that it is asked for gradients."""
 
     def __init__(self, elbo, note: Callable):
-        self.elbo, self.note, self.notes = elbo, note, []
+        self.elbo, self.note = elbo, note
+        self.notes: list = []
 
     def loss_and_grads(self, model, guide, x: Tensor) -> float:
         self.notes.append(self.note())
@@ -711,7 +714,7 @@ def squares(images: int) -> Tensor:
     return x
 
 
-SQUARES = {
+SQUARES: dict[str, Any] = {
     "max_objects": 2, "window": 8, "decoder_hidden": (16,), "hidden": 16, "glimpse": 12,
     "glimpse_width": 4, "blur": 2.0, "shut": 3.0, "likelihood": "normal", "sigma": 0.3,
 }
@@ -720,10 +723,11 @@ SQUARES = {
 @pytest.mark.parametrize("name", ["discrete-air", "air"])
 def test_a_short_training_explains_squares(name) -> None:
     shape, x = (1, 16, 16), squares(300)
-    rates = {"learning_rate": 1e-2, "ramp": 0}
+    rates: dict[str, Any] = {"learning_rate": 1e-2, "ramp": 0}
+    model: AIR | DiscreteAIR
+    objective: Objective
     if name == "air":
-        config = AIRConfig(latent=2, encoder_hidden=(16,), scale_mean=0.4, **SQUARES)
-        model = AIR(config, shape)
+        model = AIR(AIRConfig(latent=2, encoder_hidden=(16,), scale_mean=0.4, **SQUARES), shape)
         schedule = AIRSchedule(more_begin=20, more_end=30, **rates)
         objective = AIRObjective(schedule, model, 60)
     else:
@@ -802,8 +806,10 @@ def worked(model: Attend, shapes: list[Tensor]) -> Attend:
 
 
 # Windows of 8 x 8 pixels of 32 x 32.
-SIZES = {"max_objects": 3, "window": 8, "hidden": 4, "glimpse": 12, "likelihood": "normal",
-         "blur": 2.0, "shut": 4.0, "sigma": 0.3}
+SIZES: dict[str, Any] = {
+    "max_objects": 3, "window": 8, "hidden": 4, "glimpse": 12, "likelihood": "normal",
+    "blur": 2.0, "shut": 4.0, "sigma": 0.3,
+}
 SORTING = DiscreteAIRConfig(
     classes=2, attributes=0, code=4, scale_least=0.25, scale_most=0.25, angles=0, **SIZES
 )
@@ -956,7 +962,7 @@ def test_a_turned_object_is_found_turned() -> None:
     angle = torch.tensor([-2.5, -1.0, 0.0, 0.4, 1.9, 3.0])
     scale, place = torch.full((6, 2), 0.5), torch.zeros(6, 2)
     x = warp(flag.expand(6, 1, 24, 24), to_window(scale, angle, 0 * scale, place), (32, 32))
-    model.peak = Middle()  # the peak of a flag's ink is not its window's middle
+    setattr(model, "peak", Middle())  # the peak of a flag's ink is not its window's middle
     scene = model.infer(x)
     assert scene.counts.tolist() == [1] * 6 and scene.kind.tolist() == [[0]] * 6
     off = torch.remainder(scene.pose[:, 0, 2] - angle + math.pi, 2 * math.pi) - math.pi

@@ -97,7 +97,7 @@ def test_a_known_rotation_is_found(angles) -> None:
 
 
 def test_a_template_that_is_not_turned_is_at_angle_0() -> None:
-    picture = warp(TEMPLATES, to_window(torch.full((2, 2), 0.5), *[torch.zeros(2)],
+    picture = warp(TEMPLATES, to_window(torch.full((2, 2), 0.5), torch.zeros(2),
                                         torch.zeros(2, 2), torch.zeros(2, 2)), (48, 48))
     found = TurnSearch(36)(TEMPLATES, picture, torch.full((2, 2, 2), 0.5), torch.zeros(2, 2, 2))
     assert found.diagonal().tolist() == pytest.approx([0.0, 0.0], abs=math.radians(1))

@@ -4,8 +4,10 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace as Namespace
+from typing import Any
 
 import pyro
 import pytest
@@ -22,6 +24,7 @@ from pyro_scenes.data import SceneData, make
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
 from pyro_scenes.objectives.base import temporarily
 from pyro_scenes.objectives.lavae import LAVAEObjective, LAVAESchedule
+from pyro_scenes.priors import LearnedCount
 
 TINY = LAVAEConfig(
     max_objects=3, latent=2, sprite=5, crop=7, location_width=8, location_blocks=1,
@@ -52,6 +55,7 @@ def told(counts: list[int], max_objects: int = 3) -> tuple[LAVAE, Tensor]:
             # Other places stay likely enough for their gradient to count in the sums compared.
             peaks[(image, *place)] = 2.5
     model.location_net = Told(model.location_net, peaks)
+    assert isinstance(model.count_prior, LearnedCount)
     torch.nn.init.normal_(model.count_prior.logits)
     model.double().train()
     model.temperature = 0.7
@@ -110,7 +114,7 @@ def test_the_elbo_of_each_image_is_pyros(
         torch.testing.assert_close(
             objects.appearances[p], guide.nodes[f"z_app_{i}"]["value"][b], rtol=1e-12, atol=1e-12
         )
-    close = {"rtol": 1e-10, "atol": 0.0}
+    close: dict[str, Any] = {"rtol": 1e-10, "atol": 0.0}
     torch.testing.assert_close(plain_log_q, log_q, **close)
     torch.testing.assert_close(plain.log_joint(model, x, objects), log_p, **close)
     torch.testing.assert_close(plain.elbo(model, x, encoded, noise), log_p - log_q, **close)
@@ -209,7 +213,7 @@ def test_contestants_take_turns_and_the_first_round_does_not_count(
         clock[0] += len(called) + (100 if len(called) <= 2 else 0)
 
     seconds = take_turns(
-        {name: (lambda name=name: call(name), amount) for name, amount in (("a", 1), ("b", 10))},
+        {name: (partial(call, name), amount) for name, amount in (("a", 1), ("b", 10))},
         2, torch.device("cpu"),
     )
     assert "".join(called) == "abbaab"
@@ -439,7 +443,7 @@ def test_both_airs_train_in_turn_and_the_store_of_parameters_stays_ours(air_fold
     pyro.get_param_store().clear()
     with torch.random.fork_rng():
         work = pyro_air.contestants(theirs, 4, torch.device("cpu"))
-    trainers = {name: call.__self__ for name, (call, _) in work.items()}
+    trainers = {name: getattr(call, "__self__") for name, (call, _) in work.items()}
     parameters = {
         name: dict((trainer.air if name == pyro_air.THEIRS else trainer.model).named_parameters())
         for name, trainer in trainers.items()

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -88,7 +89,7 @@ class Prior(nn.Module):
 def with_counts(model: LAVAE, count: int) -> LAVAE:
     """Make the guide see that many objects."""
     encode = model.encode
-    model.encode = lambda x: replace(encode(x), count=torch.full((len(x),), count))
+    model.encode = lambda x, probed=None: replace(encode(x), count=torch.full((len(x),), count))
     return model
 
 
@@ -224,8 +225,8 @@ def test_the_bound_rises_to_the_exact_likelihood_and_stays_below() -> None:
         error = found.std() / math.sqrt(repeats)
         assert found.mean() < truth + 3 * error
         means.append((found.mean().item(), error.item()))
-    for (before, _), (after, error) in zip(means, means[1:]):
-        assert after > before + 3 * error
+    for (before, _), (after, spread) in zip(means, means[1:]):
+        assert after > before + 3 * spread
     assert truth - means[0][0] > 0.3 and abs(truth - means[-1][0]) < 0.02
 
 
@@ -249,7 +250,8 @@ def test_chunks_do_not_change_the_estimator(chunk, monkeypatch) -> None:
     heights = torch.zeros(SQUARE)
     heights[0, 0], heights[2, 3] = 20.0, 20.0 + 0.5 / math.log(4)  # gamma = 0.5 log(16) = log 4
     encode = model.encode
-    model.encode = lambda x: replace(encode(x), heights=heights.expand(len(x), *SQUARE))
+    model.encode = lambda x, probed=None: replace(
+        encode(x), heights=heights.expand(len(x), *SQUARE))
     seen = []
     plain = bounds._terms
     monkeypatch.setattr(bounds, "_terms", lambda m, x, k: seen.append(k) or plain(m, x, k))
@@ -397,7 +399,9 @@ def test_streaming_is_the_computation_at_once(chunk) -> None:
 
 def test_only_one_chunk_is_held_at_a_time(monkeypatch) -> None:
     """Whatever is made of a chunk, its weights are gone when the next but one is drawn."""
-    plain, drawn, most = bounds._terms, [], []
+    drawn: list = []
+    most: list = []
+    plain = bounds._terms
 
     def watched(model: GenerativeModel, x: Tensor, particles: int) -> dict[str, Tensor]:
         terms = plain(model, x, particles)
@@ -435,7 +439,7 @@ def test_an_impossible_image_spoils_no_other() -> None:
     """The guide finds no object, and the prior has at least one."""
     model = tiny()
     encode = model.encode
-    model.encode = lambda x: replace(encode(x), count=torch.arange(len(x)))
+    model.encode = lambda x, probed=None: replace(encode(x), count=torch.arange(len(x)))
     with model.priors(count=UniformCount(1, 2)):
         found = bounds.estimate(model, repeated(image(SQUARE), 2), 20)
     assert found.bounds[:, 0].tolist() == [-math.inf] * 3 and found.bounds[:, 1].isfinite().all()
@@ -516,7 +520,7 @@ def test_images_of_a_data_set_come_in_order() -> None:
 def test_a_site_that_an_image_lacks_adds_nothing_to_it() -> None:
     model, data = tiny(), inks()
     encode = model.encode
-    model.encode = lambda x: replace(encode(x), count=(x.amax((1, 2, 3)) > 0).long())
+    model.encode = lambda x, probed=None: replace(encode(x), count=(x.amax((1, 2, 3)) > 0).long())
     found = bounds.measure(model, data, 6, chunk=6)  # an image at a time
     assert list(found.split) == ["reconstruction", "n", "z_loc", "z_app"]
     assert found.split["z_loc"][0] == 0 and (found.split["z_loc"][1:] != 0).all()
@@ -533,7 +537,7 @@ def test_a_bernoulli_likelihood_has_no_density_of_grey_images() -> None:
 
 # --- what is printed and drawn -------------------------------------------------------------------
 
-FIGURES = {
+FIGURES: dict[str, Any] = {
     "particles": 2000,
     "curve": [
         {"particles": 1, "nll": 52.0, "nll_stderr": 0.5},
@@ -568,7 +572,8 @@ def test_the_curve_is_drawn_with_its_errors_and_the_entropy(entropy, tmp_path) -
     assert [cap.get_ydata().tolist() for cap in caps] == [[51.5, 40.878], [52.5, 41.378]]
     assert axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2,000"]
-    level = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1]
+    lines = [np.asarray(line.get_ydata()) for line in axes.lines]
+    level = [line[0] for line in lines if len(set(line)) == 1]
     assert level == ([] if entropy is None else [entropy])
     if entropy:
         assert axes.get_ylim()[0] < entropy  # the line is in the picture

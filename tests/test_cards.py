@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -186,7 +187,7 @@ def test_new_digits_are_measured_and_drawn_apart(tmp_path: Path, mnist_folder: P
     settings = (*TINY_KINDS, "classes=2", "attributes=0")
     config = make_config("discrete-air", "multi-mnist", settings=settings, steps=1)
     train(config, tmp_path / "run", device="cpu", progress=False, mnist=mnist_folder)
-    options = {"folder": tmp_path / "shipped", "images": 3, "particles": 2}
+    options: dict[str, Any] = {"folder": tmp_path / "shipped", "images": 3, "particles": 2}
     card = cards.ship("digits", [tmp_path / "run"], mnist=mnist_folder, device="cpu", **options)
     [entry] = json.loads((tmp_path / "shipped" / "digits.json").read_text())["runs"]
     own, new = entry["figures"].values()

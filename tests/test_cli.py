@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -62,7 +63,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def scenes(images: int, size: int = 32, channels: int = 3) -> dict[str, np.ndarray]:
+def scenes(images: int, size: int = 32, channels: int = 3) -> dict[str, Any]:
     """White squares of 5 x 5 pixels on black, one or two an image, side by side."""
     counts = 1 + np.arange(images) % 2
     pixels = np.zeros((images, size, size, channels), np.uint8)

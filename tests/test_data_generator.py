@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,8 +162,8 @@ def test_dsprites_truth_renders_to_the_image():
 
 def test_mnist_truth_renders_to_the_image(mnist):
     data = make("multi-mnist-10k", 40, objects=(3, 7), seed=2, mnist=mnist)
-    digits = np.fromfile(mnist / "train-images-idx3-ubyte", np.uint8, offset=16)
-    digits = torch.from_numpy(digits.reshape(-1, 1, 28, 28)).double() / 255
+    pixels = np.fromfile(mnist / "train-images-idx3-ubyte", np.uint8, offset=16)
+    digits = torch.from_numpy(pixels.reshape(-1, 1, 28, 28)).double() / 255
     images = data.images()
     for image in range(len(data)):
         drawn = np.zeros((64, 64), np.uint8)
@@ -246,8 +247,8 @@ def test_multi_sprites_truth_renders_to_the_image():
 ])
 def test_grey_mnist_truth_renders_to_the_image(name, prefix, mnist):
     data = make(name, 30, objects=(2, 2), seed=2, mnist=mnist)
-    digits = np.fromfile(mnist / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16)
-    digits = torch.from_numpy(digits.reshape(-1, 1, 28, 28)).double()
+    pixels = np.fromfile(mnist / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16)
+    digits = torch.from_numpy(pixels.reshape(-1, 1, 28, 28)).double()
     labels = np.fromfile(mnist / f"{prefix}-labels-idx1-ubyte", np.uint8, offset=8)
     assert data.attributes["digit"].max() < len(digits)
     for image in range(len(data)):
@@ -323,7 +324,7 @@ def test_a_longer_data_set_begins_with_the_shorter():
 
 
 def test_streams_seeds_and_ranges_share_nothing():
-    base = {"seed": 0, "stream": "test", "objects": (3, 3)}
+    base: dict[str, Any] = {"seed": 0, "stream": "test", "objects": (3, 3)}
     first = make("multi-dsprites", 50, **base).attributes["x"]
     for change in ({"seed": 1}, {"stream": "train"}, {"objects": (3, 4)}):
         other = make("multi-dsprites", 50, **{**base, **change}).attributes["x"][:, :3]

@@ -52,7 +52,7 @@ def multi_mnist(monkeypatch):
         data=torch.arange(1, 11).mul(10).byte()[:, None, None].expand(10, 28, 28),
         targets=torch.arange(10))
     util = ModuleType("pyro.contrib.examples.util")
-    util.get_data_loader = lambda name, root: SimpleNamespace(dataset=digits)
+    setattr(util, "get_data_loader", lambda name, root: SimpleNamespace(dataset=digits))
     monkeypatch.setitem(sys.modules, util.__name__, util)
     spec = importlib.util.find_spec("pyro.contrib.examples.multi_mnist")
     module = importlib.util.module_from_spec(spec)

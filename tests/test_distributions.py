@@ -48,7 +48,7 @@ def sequential(weights: np.ndarray, slots: int) -> dict[tuple[int, ...], float]:
 
 
 def test_the_chi_square_test_can_fail() -> None:
-    masses = {(0,): 0.25, (1,): 0.75}
+    masses: dict[tuple[int, ...], float] = {(0,): 0.25, (1,): 0.75}
     assert fits({(0,): 2510, (1,): 7490}, masses)
     assert not fits({(0,): 2800, (1,): 7200}, masses)
     assert not fits({(0,): 2500, (1,): 7499, (2,): 1}, masses)

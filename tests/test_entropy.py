@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,8 +74,9 @@ def scenes_of(spec: DatasetSpec, count: int) -> tuple[dict[bytes, float], float]
     And the probability that an attempt does not start again.
     """
     height, width, channels = spec.shape
+    assert isinstance(spec.scenes, SpriteScenes)
     sprites = spec.scenes.pool(None)
-    placed = []  # a sprite: for each of its places, the pixels of its ink and those it keeps
+    placed: list = []  # a sprite: for each of its places, the pixels of its ink and those it keeps
     for mask, (left, top, right, bottom) in zip(sprites.masks, sprites.room + 1):
         keeps = np.zeros((3, 3), bool)
         keeps[top:bottom + 1, left:right + 1] = True
@@ -139,6 +141,7 @@ def test_the_probability_of_every_picture(tiny):
 def test_pictures_that_cannot_be_have_no_probability():
     spec = data_set((3, 4, 1), WIDE)
     pictures = [bytes(12), b"\1" + bytes(11), b"\1\1\1" + bytes(9), b"\1\1" + bytes(10)]
+    assert isinstance(spec.scenes, SpriteScenes)
     known = Appearances(spec.scenes.pool(None), 1)
     found = log_probability(as_data(spec, pictures), known, (1, 1), np.zeros(2))
     assert found.tolist() == [-math.inf] * 3 + [-math.log(9)]
@@ -202,7 +205,7 @@ def test_an_order_is_not_told():
 
 def test_one_dsprite_has_the_entropy_of_its_factors():
     sprites = multi_dsprites.sprites()
-    masses: Counter = Counter()
+    masses: dict[tuple, float] = defaultdict(float)
     for mask in sprites.masks:
         rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
         ink = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
@@ -275,7 +278,7 @@ def model() -> LAVAE:
 
 def test_it_stands_beside_the_likelihood(model):
     data = load("multi-dsprites", images=4)
-    arguments = {"particles": 1, "limit": math.inf, "progress": False}
+    arguments: dict[str, Any] = {"particles": 1, "limit": math.inf, "progress": False}
     found = evaluate(model, data, **arguments)
     assert found["entropy"] == entropy_of(data)
     table = report.table({"dots": found})

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_an_evaluation_of_categories_and_their_places() -> None:
     model.infer = categorise
     # By the truth it is so in the second and third image, and the other way round in the fourth.
     none = (np.nan,) * 4
-    truth = {
+    truth: dict[str, Any] = {
         "categories": np.array([[-1, -1], [0, -1], [0, 1], [0, 1]]),
         "boxes": np.array([
             [none, none], [(0.5, 0.5, 1, 1), none],

@@ -305,7 +305,8 @@ def test_content_is_on_the_disk_before_it_has_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that stops in between would keep the name of an empty file."""
-    done, path = [], tmp_path / "file"
+    done: list = []
+    path = tmp_path / "file"
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.fstat(fd).st_size) or sync(fd))
     monkeypatch.setattr(os, "replace", lambda *names: done.append("named") or replace(*names))

@@ -153,8 +153,8 @@ def test_the_bias_of_a_relaxed_presence_is_what_discrete_air_says(
 
 def by_quadrature(model: AIR, x: Tensor, offset: Tensor, nodes: int = 40) -> Tensor:
     """The ELBO of T = 1 whose z_where is pinned, summed over images: a sum and an integral."""
-    z, mass = np.polynomial.hermite_e.hermegauss(nodes)
-    mass = torch.from_numpy(mass / mass.sum())
+    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    mass = torch.from_numpy(weights / weights.sum())
     values = presences(model, [0] * len(x))
     absent = [density(f, x, values).double() for f in (model.guide, model.model)]
     total = (absent[0].exp() * (absent[1] - absent[0])).sum()

@@ -425,6 +425,7 @@ def test_a_run_of_a_stranger_is_not_gone_on_with(tmp_path: Path) -> None:
     whole = torch.load(path, weights_only=True)
     moments = {i: {name: torch.zeros(3) for name in state}
                for i, state in whole["training"]["optimizer"]["state"].items()}
+    change: dict
     for change in (
         {"optimizer": {}}, {"optimizer": whole["training"]["optimizer"] | {"state": moments}},
         {"optimizer": whole["training"]["optimizer"] | {"param_groups": []}},

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,9 +100,9 @@ def test_the_joint_by_hand() -> None:
         row, column = divmod(place_of(joint, slot).item(), 12)
         canvas[:, row:row + 5, column:column + 5] += model.sprite_net(z).detach().numpy()[0]
     mean = 0.01 + 0.98 * canvas[:, 2:-2, 2:-2].clip(0, 1)
-    x = x[0].numpy()
-    assert sites["x"] == pytest.approx((x * np.log(mean) + (1 - x) * np.log(1 - mean)).sum(),
-                                       rel=1e-5)
+    pixels = x[0].numpy()
+    density = pixels * np.log(mean) + (1 - pixels) * np.log(1 - mean)
+    assert sites["x"] == pytest.approx(density.sum(), rel=1e-5)
 
 
 def test_the_appearance_density_by_hand() -> None:
@@ -408,7 +409,8 @@ def test_peaks_have_no_ties_in_bfloat16() -> None:
 @pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["fast", "paper"])
 def test_what_is_drawn_in_bfloat16_is_float32(config) -> None:
     model, x = lavae(config), images(2)
-    exact, rough = [], []
+    exact: list = []
+    rough: list = []
     for values, model.autocast in ((exact, False), (rough, True)):
         torch.manual_seed(3)
         guide, joint = traces(model, x, [2, 1])
@@ -420,8 +422,9 @@ def test_what_is_drawn_in_bfloat16_is_float32(config) -> None:
 
 @pytest.mark.parametrize("name", ["sprite", "crop", "count_window", "blocked_window"])
 def test_even_sides_are_refused(name) -> None:
+    even: dict[str, Any] = {name: 4}
     with pytest.raises(UserError, match=f"{name} must be odd"):
-        LAVAE(replace(CONFIG, **{name: 4}), SHAPE)
+        LAVAE(replace(CONFIG, **even), SHAPE)
 
 
 def test_unsuitable_settings_and_sizes_are_refused() -> None:

@@ -347,7 +347,7 @@ def replace_encode(model: GenerativeModel) -> GenerativeModel:
     """Two objects in every image, whatever the untrained networks say."""
     if isinstance(model, LAVAE):
         encode = model.encode
-        model.encode = lambda x: replace(encode(x), count=torch.full((len(x),), 2))
+        model.encode = lambda x, probed=None: replace(encode(x), count=torch.full((len(x),), 2))
     return model
 
 
@@ -381,8 +381,8 @@ def test_permuting_the_objects_of_a_scene_changes_no_picture_and_no_figure(row) 
         first, second = (model.segment(s, 0.02) for s in (scene, moved))
     assert torch.equal(moved.counts, scene.counts)
     truth = torch.randint(0, 3, first.shape)
-    assert np.allclose(*(metrics.foreground_ari(truth, s) for s in (first, second)),
-                       equal_nan=True)
+    one, other = (metrics.foreground_ari(truth, s) for s in (first, second))
+    assert np.allclose(one, other, equal_nan=True)
     boxes, labels = torch.rand(BATCH, 2, 4) * 8, torch.randint(0, 3, (BATCH, 2))
     kinds = scene.kind if scene.kind is not None else scene.present.long() - 1
     found = [(metrics.category_correspondence(kind, labels),
@@ -398,7 +398,8 @@ def test_an_image_is_inferred_among_others_as_alone(row) -> None:
     model, x = built(row).eval(), images(6)
     if isinstance(model, LAVAE):
         encode = model.encode
-        model.encode = lambda x: replace(encode(x), count=1 + (x.sum((1, 2, 3)) > 55).long())
+        model.encode = lambda x, probed=None: replace(
+            encode(x), count=1 + (x.sum((1, 2, 3)) > 55).long())
     scene = model.infer(x)
     together, alone = scene.to_json(), [model.infer(x[b:b + 1]).to_json()[0] for b in range(6)]
     assert [found["count"] for found in together] == [found["count"] for found in alone]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def run(command: str, *words: str) -> Result:
     return CliRunner().invoke(commands[command], words, prog_name=command)
 
 
-def scenes(images: int, size: int = 32) -> dict[str, np.ndarray]:
+def scenes(images: int, size: int = 32) -> dict[str, Any]:
     """White squares of 5 x 5 pixels on black, one or two an image, side by side."""
     counts = 1 + np.arange(images) % 2
     pixels = np.zeros((images, size, size, 1), np.uint8)

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +62,7 @@ class Given(SceneModel):
         return self.layers(scene).sum(1)
 
 
-def scene_of(*places: list[tuple[float, float]], **fields: Tensor) -> Scene:
+def scene_of(*places: list[tuple[float, float]], **fields: Any) -> Scene:
     """Scenes of objects at these centres, with boxes of 4 x 2 pixels."""
     slots = max(map(len, places))
     present = torch.tensor([len(row) for row in places])[:, None] > torch.arange(slots)
@@ -98,8 +100,8 @@ def model(request: pytest.FixtureRequest) -> SceneModel:
 def test_every_picture_that_suits_a_model_can_be_drawn(model: SceneModel) -> None:
     names = pictures.applying(model)
     assert set(names) == NAMES | ({"templates"} if isinstance(model, DiscreteAIR) else set())
-    drawn = pictures.draw(model, images(6), {name: name for name in names}, math.inf)
-    assert set(drawn) == set(names)
+    drawn = pictures.draw(model, images(6), {name: Path(name) for name in names}, math.inf)
+    assert set(drawn) == {Path(name) for name in names}
     assert all(figure.axes for figure in drawn.values())
 
 
@@ -109,7 +111,7 @@ def test_pictures_of_images_in_which_nothing_is_found(name: str) -> None:
     with torch.no_grad():
         model.presence_head.bias.fill_(-20.0)
     wanted = set(pictures.applying(model)) - {"traversal", "swap"}
-    drawn = pictures.draw(model, images(3), {name: name for name in wanted})
+    drawn = pictures.draw(model, images(3), {name: Path(name) for name in wanted})
     assert all(figure.axes for figure in drawn.values())
     for name, reason in (("traversal", "no object was found"), ("swap", "two objects was found")):
         with pytest.raises(UserError, match=reason):

@@ -351,15 +351,15 @@ def test_training_curves_plot_every_series():
     steps = np.arange(400)
     noisy = 50 + np.random.default_rng(0).normal(size=400)
     figure = plots.training_curves({
-        "loss": (steps, 1000 * np.exp(-steps / 50) + 20),
-        "noisy": (steps, noisy),
+        "loss": (steps.tolist(), (1000 * np.exp(-steps / 50) + 20).tolist()),
+        "noisy": (steps.tolist(), noisy.tolist()),
         "accuracy": ([0, 100, 200], [0.25, float("nan"), 1.0]),
         "once": ([5], [2.0]),
     })
     loss, noisy_axes, accuracy, once = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ["loss", "noisy", "accuracy", "once"]
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
-    raw, mean = (line.get_ydata() for line in noisy_axes.lines)
+    raw, mean = (np.asarray(line.get_ydata()) for line in noisy_axes.lines)
     np.testing.assert_array_equal(raw, noisy)
     assert len(mean) == 400 and mean.std() < 0.5 * noisy.std() and abs(mean - 50).max() < 1.5
     np.testing.assert_array_equal(accuracy.lines[0].get_ydata(), [0.25, np.nan, 1.0])

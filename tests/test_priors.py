@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -34,6 +35,7 @@ from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
 from pyro_scenes.priors import (
     BoundedSpline,
     Count,
+    Fitted,
     Flow,
     GaussianMixture,
     StandardNormal,
@@ -47,7 +49,9 @@ CONFIG = LAVAEConfig(
     appearance_width=4, appearance_hidden=6, sprite_hidden=(5,), count_threshold=2.0,
     count_window=3, blocked_window=3, logit_scale=0.5, likelihood_floor=0.01,
 )
-SMALL = {"max_objects": 2, "window": 6, "hidden": 7, "glimpse": 8, "glimpse_width": 2}
+SMALL: dict[str, Any] = {
+    "max_objects": 2, "window": 6, "hidden": 7, "glimpse": 8, "glimpse_width": 2
+}
 ATTEND = AIRConfig(latent=2, decoder_hidden=(5,), encoder_hidden=(6,), **SMALL)
 DISCRETE = DiscreteAIRConfig(
     classes=3, attributes=1, code=5, decoder_hidden=(6,), angles=8, **SMALL
@@ -131,7 +135,7 @@ def test_a_mixture_by_hand() -> None:
 
 def bent(size: int) -> Flow:
     """A flow that is far from the identity."""
-    flow = make("appearance", "flow:3", size)
+    flow = Flow(size, 3)
     for name, parameter in flow.named_parameters():
         parameter.data += (0.2 if "splines" in name else 0.05) * torch.randn_like(parameter)
     flow.begin(torch.randn(1000, size) * 0.7 + 1.0)
@@ -239,7 +243,7 @@ def log_density_of_two(z: Tensor) -> Tensor:
 
 
 def test_a_fitted_mixture_is_the_one_that_was_drawn_from() -> None:
-    mixture = make("appearance", "mixture:2", 2)
+    mixture = GaussianMixture(2, 2)
     swaps.fit(mixture, found(two(4000)), progress=False)
     order = mixture.means[:, 0].argsort()
     assert torch.allclose(mixture.logits.softmax(0)[order], torch.tensor([0.3, 0.7]), atol=0.03)
@@ -253,6 +257,7 @@ def test_a_fitted_mixture_is_the_one_that_was_drawn_from() -> None:
 def test_fitted_priors_come_near_the_truth_on_other_draws(text, monkeypatch) -> None:
     monkeypatch.setattr(swaps, "STEPS", 200)
     prior = make("appearance", text, 2)
+    assert isinstance(prior, Fitted)
     swaps.fit(prior, found(two(4000)), progress=False)
     held_out = two(4000)
     with torch.no_grad():
@@ -263,7 +268,7 @@ def test_fitted_priors_come_near_the_truth_on_other_draws(text, monkeypatch) -> 
 
 def test_a_fit_is_to_draws_of_the_guide_not_to_its_means(monkeypatch) -> None:
     monkeypatch.setattr(swaps, "STEPS", 50)
-    mixture = make("appearance", "mixture:1", 1)
+    mixture = GaussianMixture(1, 1)
     swaps.fit(mixture, found(3.0 * torch.randn(3000, 1), scale=4.0), progress=False)
     assert mixture.log_scales.exp().item() == pytest.approx(5.0, rel=0.05)
 

@@ -7,7 +7,7 @@ wide as the prior, so that it covers the posterior and its weights have a mean.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +67,7 @@ def log_evidence(model: Attend, x: np.ndarray, fine: int = 1) -> float:
     line = np.linspace(-4.5, 4.5, 40 * fine + 1)
     of_line = np.exp(-0.5 * line**2)
     of_line /= of_line.sum()
+    kinds: Sequence | np.ndarray
     if isinstance(model, DiscreteAIR):
         # Of two scales the mean counts, N(0, 1/2).
         part = 1 / (1 + np.exp(-z * math.sqrt(0.5)))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_joining_pads_with_absent_slots() -> None:
     assert joined.where[0, 1:].isnan().all() and joined.boxes[0, 1:].isnan().all()
     assert joined.kind[0].tolist() == [2, -1, -1]
     assert joined.what[0].tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
-    after = Scene(*(getattr(joined, f.name)[1:] for f in fields(Scene)[:5]), joined.size)
+    parts: dict[str, Any] = {f.name: getattr(joined, f.name)[1:] for f in fields(Scene)[:5]}
+    after = Scene(**parts, size=joined.size)
     assert equal(after, scene())
     assert joined.to_json() == few.to_json() + scene().to_json()
 
@@ -91,4 +93,4 @@ def test_moving_keeps_everything() -> None:
 
 def test_a_scene_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        scene().kind = None
+        setattr(scene(), "kind", None)

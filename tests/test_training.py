@@ -7,6 +7,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ TINY = (
 STEPS = 8
 
 
-def scenes(images: int, seed: int = 0, side: int = 16) -> dict[str, np.ndarray]:
+def scenes(images: int, seed: int = 0, side: int = 16) -> dict[str, Any]:
     """Bright squares of 3 x 3 pixels on black, none to two an image, apart from each other."""
     random = np.random.default_rng(seed)
     pixels = np.zeros((images, side, side, 1), np.uint8)
@@ -414,7 +415,7 @@ def test_a_step_leaves_the_model_as_it_is_evaluated() -> None:
         (model.temperature, model.likelihood.floor)) or encode(encoded)
     trained.backward(model, images(), 0)
     assert seen == [(2.0, 0.2)]
-    model._logits = lambda encoded: 1 / 0
+    setattr(model, "_logits", lambda encoded: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trained.backward(model, images(), 0)
     del model._logits
