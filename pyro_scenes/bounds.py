@@ -73,7 +73,11 @@ def applies(model: GenerativeModel, data: SceneData) -> bool:
 
 
 def sizes(particles: int) -> tuple[int, ...]:
-    """The powers of ten below the number of particles, and that number."""
+    """The powers of ten below the number of particles, and that number.
+
+    >>> sizes(250)
+    (1, 10, 100, 250)
+    """
     return *(10**i for i in range(len(str(particles))) if 10**i < particles), particles
 
 
@@ -112,7 +116,16 @@ def measure(
     chunk: int | None = None,
     progress: bool = False,
 ) -> Estimate:
-    """The same for a whole data set, as many images at a time as the chunk allows."""
+    """The same for a whole data set, as many images at a time as the chunk allows.
+
+    >>> from pyro_scenes import checkpoint, data
+    >>> model = checkpoint.load("air-multi-sprites").model
+    >>> found = measure(model, data.load("multi-sprites", images=2), particles=20)
+    >>> found.particles, found.bounds.shape
+    ((1, 10, 20), torch.Size([3, 2]))
+    >>> list(found.split)
+    ['reconstruction', 'z_pres', 'z_where', 'z_what']
+    """
     device = next(model.parameters()).device
     chunk = chunk or CHUNKS[device.type]
     size = max(1, chunk // particles)

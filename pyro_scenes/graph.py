@@ -13,6 +13,19 @@ Edges: ``dx``, ``dy`` (pixels, source less target), ``distance`` (pixels), ``dir
 from the x axis, clockwise as displayed, in which the target lies from the source);
 ``d_scale_x`` and so on for the pose, angles within -pi and pi; ``what_distance``;
 ``same_kind`` (0 or 1) or ``kind_distance``.
+
+Two objects, of which the second lies to the right of the first:
+
+>>> where = torch.tensor([[[10.0, 20.0], [13.0, 20.0]]])
+>>> boxes = torch.cat([where, torch.full_like(where, 4.0)], -1)
+>>> scene = Scene(torch.tensor([[True, True]]), where, boxes, kind=torch.tensor([[2, 2]]))
+>>> graph = graphs(scene)[0]
+>>> graph.nodes[0]["x"], graph.nodes[1]["kind"]
+(10.0, 2)
+>>> graph.edges[0, 1]["dx"], graph.edges[0, 1]["distance"], graph.edges[0, 1]["same_kind"]
+(-3.0, 3.0, True)
+>>> tensors(scene).edge_attr.shape
+torch.Size([1, 2, 5])
 """
 
 from __future__ import annotations

@@ -11,6 +11,19 @@ Three figures say how unnamed categories agree with the labels; all are over eve
 
 So placed_correspondence is at most each of the others. More categories in use make purity easier,
 up to one an object, which is why classes_in_use belongs beside it.
+
+Categories have no names, so that 1 may stand for 4, and 0 for 7; -1 is no object:
+
+>>> inferred, true = [[1, 0], [1, -1], [1, 0]], [[7, 4], [4, -1], [4, 4]]
+>>> category_correspondence(inferred, true)
+0.8
+
+Counts and segmentations have a figure an image:
+
+>>> count_correct(np.array([1, 2, 3]), np.array([1, 2, 2])).tolist()
+[True, True, False]
+>>> foreground_ari([[[0, 1, 1, 2, 2]]], [[[0, 5, 5, 0, 0]]]).tolist()
+[1.0]
 """
 
 from __future__ import annotations

@@ -321,6 +321,11 @@ def make(name: str, text: str, size: int) -> nn.Module:
 
     :param name: what it is of, count or appearance. :param size: see ``Kind``.
     :raises UserError: if there is none of that text.
+
+    >>> make("count", "uniform:1-2", 3)().log_prob(torch.tensor([0, 1, 2, 3])).exp().tolist()
+    [0.0, 0.5, 0.5, 0.0]
+    >>> make("appearance", "mixture:10", 8)().event_shape
+    torch.Size([8])
     """
     if name not in PRIORS:
         raise UserError(f"no prior is called {name!r}; there are {', '.join(PRIORS)}")

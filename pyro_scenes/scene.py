@@ -30,6 +30,17 @@ class Scene:
     size      (H, W)          of the canvas, pixels; None for the model's own
     pose      (B, M, 5)       see POSE, NaN where absent; None if the model has none
     ========  ==============  ====================================================
+
+    Two scenes, of one object and of two:
+
+    >>> nan = float("nan")
+    >>> present = torch.tensor([[True, False], [True, True]])
+    >>> where = torch.tensor([[[10.0, 20.0], [nan, nan]], [[5.0, 5.0], [8.0, 1.0]]])
+    >>> scenes = Scene(present, where, torch.cat([where, torch.full_like(where, 4.0)], -1))
+    >>> scenes.counts.tolist()
+    [1, 2]
+    >>> scenes.to_json()[0]
+    {'count': 1, 'objects': [{'x': 10.0, 'y': 20.0, 'box': [10.0, 20.0, 4.0, 4.0]}]}
     """
 
     present: Tensor

@@ -47,6 +47,14 @@ def parse(
     :param data: what those that are to be fitted are fitted to, the first SCENES images of: scenes,
         or the training part of a registered data set or a file.
     :raises UserError: for what cannot be read, or does not suit the model.
+
+    >>> from pyro_scenes import checkpoint
+    >>> model = checkpoint.load("air-multi-sprites").model
+    >>> swapped = parse(["count=uniform:3"], model, "multi-sprites")
+    >>> with model.priors(**swapped):
+    ...     images, counts = model.draw(4)
+    >>> counts.tolist()
+    [3, 3, 3, 3]
     """
     with torch.random.fork_rng(), pyro.validation_enabled(False):
         torch.manual_seed(seed)

@@ -46,6 +46,18 @@ class SceneData:
     | attributes | name -> (N, M) | generated data only, see the data set's file |
     | class_names | strings | empty when unknown |
     | origin | Origin | generated data only |
+
+    Two white images and a black one, and what is known of them:
+
+    >>> images = np.zeros((3, 4, 4, 1), np.uint8)
+    >>> images[:2] = 255
+    >>> data = SceneData.from_images("mine", images, counts=np.array([1, 1, 0]))
+    >>> len(data), data.shape, data.binary
+    (3, (4, 4, 1), True)
+    >>> data.batch(slice(1, 3)).amax((1, 2, 3)).tolist()
+    [1.0, 0.0]
+    >>> data[data.counts == 0].counts.tolist()
+    [0]
     """
 
     name: str
