@@ -111,21 +111,26 @@ class PaperLocationNet(nn.Module):
             return self.head(self.net(x).float()).squeeze(1)
 
 
+def _strided(channels: int, width: int) -> list[nn.Module]:
+    """Three convolutions to an eighth of a picture's sides, rounded up, and 2 x width channels."""
+    return [
+        nn.Conv2d(channels, width, 5, 2, 2),
+        nn.SiLU(),
+        nn.Conv2d(width, 2 * width, 3, 2, 1),
+        nn.SiLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, 2, 1),
+        nn.SiLU(),
+        nn.Flatten(),
+    ]
+
+
 class CropEncoder(nn.Module):
     """Crop -> mean and log variance of z_app: three strided convolutions and two linear layers."""
 
     def __init__(self, channels: int, side: int, latent: int, width: int, hidden: int):
         super().__init__()
         self.side = side
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(channels, width, 5, 2, 2),
-            nn.SiLU(),
-            nn.Conv2d(width, 2 * width, 3, 2, 1),
-            nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, 2, 1),
-            nn.SiLU(),
-            nn.Flatten(),
-        )
+        self.convolutions = nn.Sequential(*_strided(channels, width))
         cells = (-(-side // 8)) ** 2
         self.head = nn.Sequential(
             nn.Linear(2 * width * cells, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latent)
@@ -221,13 +226,7 @@ class WindowEncoder(nn.Sequential):
     def __init__(self, channels: int, side: int, width: int, features: int):
         cells = (-(-side // 8)) ** 2
         super().__init__(
-            nn.Conv2d(channels, width, 5, 2, 2),
-            nn.SiLU(),
-            nn.Conv2d(width, 2 * width, 3, 2, 1),
-            nn.SiLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, 2, 1),
-            nn.SiLU(),
-            nn.Flatten(),
+            *_strided(channels, width),
             nn.Linear(2 * width * cells, features),
             nn.SiLU(),
         )

@@ -1,4 +1,4 @@
-"""LAVAE late in its training, without having been trained."""
+"""Models late in their training, without having been trained."""
 
 from __future__ import annotations
 
@@ -10,14 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scenes.bench import plain
-from pyro_scenes.config import make_config
+from pyro_scenes.config import TrainConfig, make_config
 from pyro_scenes.data import SceneData
 from pyro_scenes.models.lavae import LAVAE
-from pyro_scenes.objectives.base import temporarily
+from pyro_scenes.objectives.base import Objective, temporarily
 from pyro_scenes.objectives.lavae import LAVAEObjective
 from pyro_scenes.training import OPTIMIZERS
 
 DATA = "multi-dsprites"
+
+
+class Late:
+    """A model, its optimiser and one batch (B, C, H, W), in the last step of its training."""
+
+    def __init__(self, train: TrainConfig, model: Any, objective: Objective, x: Tensor):
+        self.train, self.model, self.objective, self.x = train, model, objective, x
+        rates = objective.learning_rates(train.steps - 1)
+        groups = [{"params": p, "lr": rates[name]} for name, p in model.groups().items()]
+        options: dict[str, Any] = {"betas": (0.9, train.beta2)}
+        self.optimizer = OPTIMIZERS[train.optimizer](groups, **options)
+
+    def backward(self) -> None:
+        self.objective.backward(self.model, self.x, self.train.steps - 1)
+
+    def step(self) -> None:
+        """As `training.Run.advance` does the last one."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.backward()
+        if self.train.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+        self.optimizer.step()
 
 
 class Told(nn.Module):
@@ -49,8 +71,8 @@ def peaks(data: SceneData, height: float) -> Tensor:
     return maps
 
 
-class Trainer:
-    """A model late in its training, its optimiser and one batch.
+class Trainer(Late):
+    """LAVAE so late.
 
     :param by_hand: take the ELBO of `plain.py` in place of the training's own objective.
     """
@@ -63,30 +85,21 @@ class Trainer:
         # No image is forced to one object, as the paper does at random: a step costs what it shows.
         schedule = replace(config.schedule, one_object_left=0.0, location_every=1)
         torch.manual_seed(config.seed)
-        self.train, self.bfloat16, self.by_hand = config.train, bfloat16, by_hand
-        self.x = data.batch().to(device)
+        self.bfloat16, self.by_hand = bfloat16, by_hand
         self.model = LAVAE(config.net, (3, *data.shape[:2]))
         # A peak that a trained network could make, sure to be counted and all but sure to be drawn.
         told = peaks(data, config.net.count_threshold + 3.0)
         self.model.location_net = Told(self.model.location_net, told)
         self.model.to(device).train()
         self.model.temperature = schedule.temperature_end
-        self.objective = LAVAEObjective(schedule, self.model, self.train.steps)
-        rates = self.objective.learning_rates(self.train.steps - 1)
-        groups = [{"params": p, "lr": rates[name]} for name, p in self.model.groups().items()]
-        options: dict[str, Any] = {"betas": (0.9, self.train.beta2)}
-        self.optimizer = OPTIMIZERS[self.train.optimizer](groups, **options)
+        objective = LAVAEObjective(schedule, self.model, config.train.steps)
+        super().__init__(config.train, self.model, objective, data.batch().to(device))
 
-    def step(self) -> None:
-        """As `training.Run.advance` does the last one."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def backward(self) -> None:
         with temporarily(self.model, autocast=self.bfloat16):
             if self.by_hand:
                 encoded = self.model.encode(self.x)
                 noise = plain.fresh_noise(self.model, encoded)
                 (-plain.elbo(self.model, self.x, encoded, noise).mean()).backward()
             else:
-                self.objective.backward(self.model, self.x, self.train.steps - 1)
-        if self.train.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
-        self.optimizer.step()
+                super().backward()

@@ -16,21 +16,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyro
 import pyro.infer
 import pyro.optim
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_scenes.bench.late import Late
 from pyro_scenes.config import make_config
 from pyro_scenes.data import make
 from pyro_scenes.errors import UserError
 from pyro_scenes.models.air import AIR, AIRConfig
 from pyro_scenes.objectives.air import AIRObjective
 from pyro_scenes.objectives.base import temporarily
-from pyro_scenes.training import OPTIMIZERS
 
 SIDE, STEPS = 50, 3  # pixels of an image; T
 DATA = "multi-mnist"  # whose windows and priors ours has, as theirs
@@ -41,27 +40,16 @@ THEIRS = "Pyro's AIR"
 OURS = {"fast": "our AIR, fast", "paper": "our AIR, paper"}
 
 
-class Ours:
-    """Our AIR, its optimiser and one batch, in the last step of its training."""
+class Ours(Late):
+    """Our AIR so late."""
 
     def __init__(self, preset: str, x: Tensor):
         config = make_config("air", DATA, preset, [f"max_objects={STEPS}"])
         torch.manual_seed(config.seed)
-        self.train, self.net, self.x = config.train, config.net, x
-        self.model = AIR(config.net, (x.shape[1], x.shape[2], x.shape[3])).to(x.device).train()
-        self.objective = AIRObjective(config.schedule, self.model, self.train.steps)
-        rates = self.objective.learning_rates(self.train.steps - 1)
-        groups = [{"params": p, "lr": rates[name]} for name, p in self.model.groups().items()]
-        options: dict[str, Any] = {"betas": (0.9, self.train.beta2)}
-        self.optimizer = OPTIMIZERS[self.train.optimizer](groups, **options)
-
-    def step(self) -> None:
-        """As `training.Run.advance` does the last one."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.objective.backward(self.model, self.x, self.train.steps - 1)
-        if self.train.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
-        self.optimizer.step()
+        self.net = config.net
+        model = AIR(config.net, (x.shape[1], x.shape[2], x.shape[3])).to(x.device).train()
+        objective = AIRObjective(config.schedule, model, config.train.steps)
+        super().__init__(config.train, model, objective, x)
 
 
 class Theirs:
