@@ -10,12 +10,12 @@ import torch
 from scipy.stats import chisquare
 
 from pyro_scenes.data import DATASETS, load, make, multi_dsprites, split_held_out
-from pyro_scenes.data.generator import CHUNK
+from pyro_scenes.data.generator import CHUNK, SpriteScenes
 from pyro_scenes.data.placing import Draws, place
 from pyro_scenes.errors import UserError
 
 NAMES = ["multi-dsprites", "multi-mnist-1k", "multi-mnist-10k"]
-GREY = sorted(DATASETS.keys() - set(NAMES))
+GREY = sorted(name for name, spec in DATASETS.items() if not isinstance(spec.scenes, SpriteScenes))
 COLOURS = {1: (255, 0, 0), 2: (0, 255, 0), 3: (255, 255, 0), 4: (0, 0, 255), 5: (255, 0, 255),
            6: (0, 255, 255), 7: (255, 255, 255)}
 

@@ -35,7 +35,7 @@ from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
 DOT, RIGHT_DOT = "... .#. ...", "... ..# ..."
 WIDE, TALL, CORNER = "... ##. ...", ".#. .#. ...", ".#. .## ..."
 BINARY = ("multi-dsprites", "multi-mnist-1k", "multi-mnist-10k")
-GREY = sorted(DATASETS.keys() - set(BINARY))
+GREY = sorted(name for name, spec in DATASETS.items() if not isinstance(spec.scenes, SpriteScenes))
 
 
 def data_set(shape: tuple[int, int, int], *drawings: str, keep_cell: bool = False) -> DatasetSpec:

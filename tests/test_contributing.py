@@ -1,0 +1,91 @@
+"""The recipes of CONTRIBUTING.md, run as they stand there."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import test_models
+import torch
+from scipy import stats
+
+from pyro_scenes import checkpoint, priors
+from pyro_scenes.config import make_config
+from pyro_scenes.data import DATASETS, make, save_npz
+from pyro_scenes.evaluate import evaluate
+from pyro_scenes.models import MODELS
+from pyro_scenes.training import train
+
+PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+BLOCKS = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, flags=re.DOTALL))
+
+
+def written(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module that a block is."""
+    module = ModuleType(path.removesuffix(".py").replace("/", "."))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(BLOCKS[path], path, "exec"), vars(module))
+    return module
+
+
+def row(name: str, after: str, known: dict[str, Any]) -> Any:
+    """The value of a registry's row in the page, the first of that name after a text."""
+    found = re.search(rf'`("{name}": .*?),`', PAGE[PAGE.index(after):], flags=re.DOTALL)
+    assert found
+    return eval("{" + found[1] + "}", known)[name]
+
+
+def test_every_file_of_the_page_is_there_but_for_the_new_ones() -> None:
+    files = {path for path in re.findall(r"`(\w+/[\w/]+\.\w+)`", PAGE) if "NAME" not in path}
+    assert "pyro_scenes/priors.py" in files
+    missing = {path for path in files if not (Path(__file__).parents[1] / path).is_file()}
+    assert not missing
+
+
+def test_a_model_and_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plus = written("pyro_scenes/data/multi_plus.py", monkeypatch)
+    monkeypatch.setitem(DATASETS, "multi-plus", plus.SPEC)
+    scenes = make("multi-plus", 40)
+    ink = {"square": 49, "plus": 33}
+    for image, kinds in zip(scenes.images(), scenes.categories):
+        assert (image > 0).sum() == sum(ink[scenes.class_names[kind]] for kind in kinds[kinds >= 0])
+    assert np.array_equal((scenes.categories >= 0).sum(1), scenes.counts)
+
+    linear = written("pyro_scenes/models/linear.py", monkeypatch)
+    monkeypatch.setitem(MODELS, "linear", row("linear", "`MODELS`", {"linear": linear}))
+    known = {"Row": test_models.Row, "SHAPE": test_models.SHAPE, **vars(linear)}
+    contract = row("linear", "`TABLE`", known)
+    with torch.random.fork_rng():
+        for check in (
+            test_models.test_guide_and_model_have_the_same_latent_sites,
+            test_models.test_every_site_has_a_log_prob_per_image,
+            test_models.test_a_step_moves_every_parameter,
+            test_models.test_two_instances_train_independently,
+            test_models.test_samples_and_reconstructions_are_images,
+            test_models.test_images_of_other_channels_are_refused,
+        ):
+            check(contract)
+    save_npz(tmp_path / "plus.npz", scenes)
+    settings = ("batch_size=10", "ramp=0", "eval_images=2")
+    config = make_config("linear", str(tmp_path / "plus.npz"), settings=settings, steps=20)
+    loss = train(config, tmp_path / "run", device="cpu", progress=False)["loss"][1]
+    assert loss[-1] < loss[0]
+    model = checkpoint.load(tmp_path / "run").model
+    assert evaluate(model, scenes, particles=2, progress=False)["nll"] < loss[0]
+
+
+def test_a_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dict(vars(priors))
+    exec(BLOCKS["pyro_scenes/priors.py"], known)
+    kind = row("poisson", "`PRIORS`", known)
+    monkeypatch.setitem(priors.PRIORS["count"], "poisson", kind)
+    count = priors.make("count", kind.example, 4)()
+    masses = count.log_prob(torch.arange(5)).exp()
+    expected = stats.poisson(1.5).pmf(np.arange(5))
+    assert np.allclose(masses, expected / expected.sum(), atol=1e-6)
+    for wrong in ("poisson", "poisson:0", "poisson:inf"):
+        with pytest.raises(priors.UserError):
+            priors.make("count", wrong, 4)
