@@ -112,6 +112,33 @@ def likelihood(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def calibration(guides: dict[str, dict[str, Any]]) -> str:
+    """The figures of `calibration.summary`, a table for each guide, by name."""
+    parts = []
+    for label, figures in guides.items():
+        rows = figures["ranks"].values()
+        columns = {
+            label: list(figures["ranks"]),
+            "numbers": [str(row["numbers"]) for row in rows],
+            "scenes": [f"{row['scenes']:,}" for row in rows],
+            "mean rank": [f"{row['mean']:.2f}" for row in rows],
+            "spread": [f"{row['spread']:.2f}" for row in rows],
+            "distance": [f"{row['distance']:.3f}" for row in rows],
+            "limit": [f"{row['limit']:.3f}" for row in rows],
+        }
+        levels = dict.fromkeys(level for row in rows for level in row["covers"])
+        columns |= {f"{level} covers": [f"{row['covers'][level]:.0%}" for row in rows]
+                    for level in levels}
+        parts.append(_aligned(columns))
+        if "counts" in figures:
+            counts = figures["counts"]
+            masses = ", ".join(f"{n}: {part['mass']:.1%} ({part['scenes']:,} scenes)"
+                               for n, part in counts["by count"].items())
+            parts.append(f"counts: the likeliest is right in {counts['right']:.1%}, with a mass of"
+                         f" {counts['sure']:.1%}\nmass of the true count, {masses}")
+    return "\n\n".join(parts)
+
+
 def entropy(label: str, figures: dict[str, float]) -> str:
     """What `scene_entropy` found, as a table."""
     parts = {name: [f"{figures[name]:.2f}"] for name in ENTROPY_PARTS}

@@ -15,7 +15,7 @@ LAYERS = {
     "data": 1,
     "models": 2,
     "objectives": 3, "bounds": 3, "pictures": 3, "swaps": 3,
-    "evaluate": 4, "config": 4, "tensors": 4,
+    "evaluate": 4, "config": 4, "calibration": 4, "tensors": 4,
     "checkpoint": 5,
     "training": 6, "report": 6,
     "cards": 7, "page": 7,

@@ -94,6 +94,8 @@ class AIR(Attend):
     :param image_shape: (C, H, W).
     """
 
+    across = 1
+
     def __init__(self, config: AIRConfig, image_shape: tuple[int, int, int]):
         super().__init__()
         c, channels = config, image_shape[0]

@@ -26,11 +26,13 @@ class GenerativeModel(PyroModule):
     :ivar image_shape: (C, H, W) of the images that it was made for.
     :ivar likelihood: p(x given its mean), with ``name`` and ``binary``, see likelihoods.py.
     :ivar autocast: whether its networks may use bfloat16; a training sets it.
+    :ivar decoders: names of its parts that make p(x given z); priors are called ``NAME_prior``.
     """
 
     image_shape: tuple[int, int, int]
     likelihood: nn.Module
     autocast: bool = False
+    decoders: tuple[str, ...] = ("decoder",)
 
     def model(self, x: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no model")
@@ -62,6 +64,13 @@ class GenerativeModel(PyroModule):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the learning rate that they share."""
         return {"all": list(self.parameters())}
+
+    def generative(self) -> list[nn.Parameter]:
+        """Parameters of p(x, z). All others are the guide's."""
+        return [
+            parameter for name, parameter in self.named_parameters()
+            if name.split(".")[0] in self.decoders or name.split(".")[0].endswith("_prior")
+        ]
 
     def check(self, x: Tensor) -> None:
         """:raises UserError: if the images do not suit this model."""
@@ -98,10 +107,13 @@ class SceneModel(GenerativeModel):
 
     :ivar most: objects that it can find in an image, at most.
     :ivar appearance_site: what its sites of appearance are called, less their numbers.
+    :ivar where_site: the same of its places, and ``across`` which of their numbers is x.
     """
 
     most: float = math.inf
     appearance_site: str = "z_app"
+    where_site: str = "z_where"
+    across: int = 0
 
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:
         """A deterministic summary of the guide.
@@ -113,6 +125,13 @@ class SceneModel(GenerativeModel):
 
     def counts(self, trace: poutine.Trace) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no counts")
+
+    def numbers(self, site: str, value: Tensor) -> Tensor:
+        """An object's value (..., K) at a site as numbers that have an order, (..., Q).
+
+        :param site: what it is called, less its number.
+        """
+        return value
 
     def render(self, scene: Scene) -> Tensor:
         """The mean of p(x given scene), (B, C, H, W) in [0, 1]."""

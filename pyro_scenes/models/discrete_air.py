@@ -143,6 +143,9 @@ class DiscreteAIR(Attend):
     :raises UserError: for settings that contradict each other.
     """
 
+    decoders = ("template", "attribute", "decoder")
+    across = PLACE.start
+
     def __init__(self, config: DiscreteAIRConfig, image_shape: tuple[int, int, int]):
         super().__init__()
         c, channels = config, image_shape[0]
@@ -397,6 +400,10 @@ class DiscreteAIR(Attend):
         if name.startswith(("z_pres", "z_cat")):
             return one_hot(site.probs.argmax(-1), site.probs.shape[-1])
         return site.mean
+
+    def numbers(self, site: str, value: Tensor) -> Tensor:
+        """The category as its index."""
+        return value.argmax(-1, keepdim=True).to(value) if site == "z_cat" else value
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         names = ("template.", "attribute.", "decoder.")

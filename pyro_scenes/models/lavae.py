@@ -167,6 +167,8 @@ class LAVAE(SceneModel):
     """
 
     likelihood: BernoulliImage
+    decoders = ("sprite_net",)
+    where_site = "z_loc"
 
     def __init__(self, config: LAVAEConfig, image_shape: tuple[int, int, int]):
         super().__init__()
@@ -354,6 +356,13 @@ class LAVAE(SceneModel):
 
     def counts(self, trace: poutine.Trace) -> Tensor:
         return trace.nodes["n"]["value"].long()
+
+    def numbers(self, site: str, value: Tensor) -> Tensor:
+        """The place as its column and row."""
+        if site != self.where_site:
+            return value
+        place, width = value.argmax(-1), self.image_shape[2]
+        return torch.stack([place % width, place // width], -1).to(value)
 
     @torch.no_grad()
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:

@@ -10,6 +10,7 @@ Figures are laid out in whole screen pixels, and an image pixel covers a whole n
 (unless the image is very large): images stay crisp, and a mark one pixel wide stays visible.
 """
 
+from pyro_scenes.plots.calibration import calibration_figure
 from pyro_scenes.plots.curves import bound_figure, growth_figure, training_curves
 from pyro_scenes.plots.grids import samples_figure, swap_figure, traversal_figure
 from pyro_scenes.plots.pairs import pairs_figure
@@ -22,6 +23,7 @@ __all__ = [
     "OBJECTS",
     "Table",
     "bound_figure",
+    "calibration_figure",
     "growth_figure",
     "inference_figure",
     "pairs_figure",
