@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import sys
@@ -131,7 +132,7 @@ class RunConfig:
                 raise TypeError("data is a name, and seed a whole number")
             for part in RunConfig.parts:
                 now = getattr(config, part)
-                kinds = typing.get_type_hints(type(now))
+                kinds = _kinds(now.__class__)
                 # Lists are what JSON leaves of tuples.
                 given = {k: tuple(v) if isinstance(v, list) else v for k, v in values[part].items()}
                 for name, value in given.items():
@@ -202,6 +203,12 @@ def _check_sizes(config: RunConfig) -> None:
                 raise UserError(f"{name} must be {LAYERS} numbers at most, not {len(numbers)}")
 
 
+@functools.cache
+def _kinds(part: type) -> dict[str, Any]:
+    """The types of a part's settings."""
+    return typing.get_type_hints(part)
+
+
 def _suits(value: Any, kind: Any) -> bool:
     """Whether a value is of the type of a setting; numbers are finite and not negative."""
     if typing.get_origin(kind) is tuple:
@@ -219,7 +226,7 @@ def _set(config: RunConfig, setting: str) -> RunConfig:
         raise UserError(f"a setting is name=value, not {setting!r}")
     for part in RunConfig.parts:
         values = getattr(config, part)
-        kinds = typing.get_type_hints(type(values))
+        kinds = _kinds(values.__class__)
         if name in kinds:
             return _with(config, name, _parse(name, text, kinds[name]))
     raise UserError(f"no setting is called {name!r}; there are {', '.join(setting_names(config))}")

@@ -116,7 +116,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act) -> None:
 
 def killed_again_and_again(data: str, folder: Path, kills: int, seed: int) -> None:
     steps, chance = 8 * kills, random.Random(seed)
-    reached, unfinished = 0, 0
+    reached = 0
     for _ in range(kills):
         with begin(data, folder / "killed", steps) as process:
             assert process.stdout is not None
@@ -125,7 +125,6 @@ def killed_again_and_again(data: str, folder: Path, kills: int, seed: int) -> No
             time.sleep(chance.uniform(0, 0.02))  # somewhere in a step, or in a checkpoint
             process.kill()
             assert process.wait() == -signal.SIGKILL
-        unfinished += len(list((folder / "killed").glob(".*.tmp")))
         for name in ("config.json", "history.json"):
             path = folder / "killed" / name
             assert not path.exists() or json.loads(path.read_text())
@@ -160,15 +159,17 @@ def test_states_that_differ_are_seen(data: str, tmp_path: Path) -> None:
     assert not same(state(tmp_path / "one"), state(tmp_path / "two"))
 
 
-def test_a_finished_run_gets_the_history_that_a_kill_kept_from_it(
-    data: str, tmp_path: Path
-) -> None:
+def test_what_kills_in_a_write_leave_behind_is_mended(data: str, tmp_path: Path) -> None:
+    """A checkpoint without its history, and files that were begun; others' files are kept."""
     run(data, tmp_path / "out")
     history = tmp_path / "out" / "history.json"
     content = history.read_bytes()
     history.unlink()
+    for name in (".checkpoint.pt.1.tmp", ".history.json.23.tmp", ".figures.json.1.tmp"):
+        (tmp_path / "out" / name).write_text("half of")
     run(data, tmp_path / "out", resume=True)
     assert history.read_bytes() == content
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".figures.json.1.tmp"]
 
 
 @pytest.mark.parametrize("sent, status, said", [

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from pyro_scenes import cards, checkpoint, cli, limits
+from pyro_scenes import cards, checkpoint, cli, limits, tensors
 from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import load_npz, load_pngs, load_pyro_mnist, mnist
 from pyro_scenes.data.files import parse_json, read_json, write_json
 from pyro_scenes.errors import UserError, reason
+from pyro_scenes.training import Run
 
 ROOT = Path(__file__).parent.parent
 BOUND = 2**26  # bytes, in place of GiB
@@ -231,8 +232,8 @@ def one_number_as_many(path: Path) -> Path:
 
 def bytes_by_a_call(path: Path) -> Path:
     """torch.load lets a pickle have any number of zeros."""
-    call = b"cbuiltins\nbytearray\n(J" + struct.pack("<i", 2**30) + b"tR0"
-    return repacked(path, lambda pickled: pickled[:2] + call + pickled[2:],
+    call = b"X\1\0\0\0xcbuiltins\nbytearray\n(J" + struct.pack("<i", 2**30) + b"tR"
+    return repacked(path, lambda pickled: pickled.replace(b"(", b"(" + call, 1),
                     method=zipfile.ZIP_STORED)
 
 
@@ -317,6 +318,20 @@ def test_memory_stays_in_its_bound(
             refused(lambda: read(path), said)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("make, said", [
+    (compressed_checkpoint, "it is compressed"), (bytes_by_a_call, "asks for builtins.bytearray"),
+    (lying_storage, "a storage is of another size"),
+    (one_number_as_many, "a tensor is larger than what is stored"),
+])
+def test_nothing_of_what_lies_comes_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path], said: str
+) -> None:
+    path = make(tmp_path / "bomb")
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("it is read"))
+    with pytest.raises(ValueError, match=said):
+        tensors.read(path)
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -404,6 +419,19 @@ def test_a_checkpoint_of_the_wrong_types_is_refused(tmp_path: Path, change: dict
     refused(lambda: checkpoint.load(saved(tmp_path / "bad.pt", **change)))
 
 
+@pytest.mark.parametrize("name, value, said", [
+    ("grid_width", 1, "at least 2"), ("grid_stages", 11, "at most 10"),
+    ("grid_width", 2**16 + 1, "at most 65536"),
+])
+def test_settings_of_a_checkpoint_are_within_what_may_be_set(
+    tmp_path: Path, name: str, value: int, said: str
+) -> None:
+    path = saved(tmp_path / "bad.pt", config=asking(("net", name, value)))
+    refused(lambda: checkpoint.load(path), f"{name} must be {said}, not {value}")
+    refused(lambda: make_config("conv-vae", "multi-dsprites", settings=[f"{name}={value}"]),
+            f"{name} must be {said}")
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     weights = checkpoint.load(saved(tmp_path / "own.pt")).model.state_dict()
     for value in (float("nan"), float("inf")):
@@ -437,8 +465,17 @@ def test_a_run_of_a_stranger_is_not_gone_on_with(tmp_path: Path) -> None:
         result = CliRunner().invoke(cli.train, [*words, "--resume"])
         assert result.exit_code == 2, (change, result.output)
         assert result.stderr.startswith(f"Error: {path} ") and result.stderr.count("\n") == 1
+    # How the optimiser works is the configuration's to say.
     torch.save(whole, path)
+    content = torch.load(path, weights_only=True)
+    for group in content["training"]["optimizer"]["param_groups"]:
+        group |= {"betas": "x", "eps": -1.0, "maximize": True}
+    torch.save(content, path)
     assert CliRunner().invoke(cli.train, [*words, "--resume"]).exit_code == 0
+    run = Run(checkpoint.configuration(content), "cpu")
+    run.restore(checkpoint.read(path), path)
+    kept, = run.optimizer.param_groups
+    assert (kept["betas"], kept["eps"], kept["maximize"]) == ((0.9, 0.999), 1e-8, False)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"runs": []}', "\xff", '{"name": 1'])

@@ -140,7 +140,8 @@ def made(model: str = "lavae", data: str = "data.npz", path: Path = Path("run/ch
     config = make_config(model, data, settings=TINY.get(model, ()), steps=2, known=False)
     torch.manual_seed(0)
     made = checkpoint.build(config, shape).eval()
-    state = {"seconds": 90.0, "machine": "a machine", "history": history or {}}
+    state = {"seconds": 90.0, "machine": "a machine", "history": history or {}, "optimizer": {},
+             "modules": {}, "random": torch.get_rng_state(), "random_cuda": []}
     return Checkpoint(made, config, 2, path, state)
 
 
