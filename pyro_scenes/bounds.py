@@ -26,6 +26,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_scenes import distributed
 from pyro_scenes.data import SceneData
 from pyro_scenes.machine import keep_memory
 from pyro_scenes.models import GenerativeModel
@@ -115,8 +116,12 @@ def measure(
     particles: int,
     chunk: int | None = None,
     progress: bool = False,
+    seed: int | None = None,
 ) -> Estimate:
     """The same for a whole data set, as many images at a time as the chunk allows.
+
+    :param seed: seeds the draws for each chunk anew, from it and the chunk's place: the result is
+        that of any number of processes. By default they go on from where the generator is.
 
     >>> from pyro_scenes import checkpoint, data
     >>> model = checkpoint.load("air-multi-sprites").model
@@ -130,12 +135,18 @@ def measure(
     chunk = chunk or CHUNKS[device.type]
     size = max(1, chunk // particles)
     keep_memory()
-    parts = []
-    with tqdm(total=len(data), desc="likelihood", unit="image", disable=not progress) as bar:
-        for start in range(0, len(data), size):
+    silent = not progress or distributed.rank() > 0
+    with tqdm(total=len(data), desc="likelihood", unit="image", disable=silent) as bar:
+
+        def estimated(start: int) -> Estimate:
+            if seed is not None:
+                torch.manual_seed(distributed.seed(seed, start))
             x = data.batch(slice(start, start + size)).to(device)
-            parts.append(estimate(model, x, particles, chunk))
-            bar.update(len(x))
+            part = estimate(model, x, particles, chunk)
+            bar.update(min(len(x) * distributed.world(), len(data) - bar.n))
+            return Estimate.concatenate([part])
+
+        parts = distributed.mapped(estimated, range(0, len(data), size))
     return Estimate.concatenate(parts)
 
 

@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_scenes import bounds, metrics
+from pyro_scenes import bounds, distributed, metrics
 from pyro_scenes.data import SceneData, entropy_of
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
@@ -28,12 +28,14 @@ def infer(
 ) -> tuple[Scene, Tensor]:
     """The scenes of a whole data set and its segmentation (N, H, W), on the CPU."""
     device = next(model.parameters()).device
-    scenes, segmentations = [], []
-    for start in range(0, len(data), BATCH):
+
+    def inferred(start: int) -> tuple[Scene, Tensor]:
         scene = model.infer(data.batch(slice(start, start + BATCH)).to(device), limit)
-        segmentations.append(model.segment(scene, FAINT).to(torch.uint8).cpu())
-        scenes.append(scene.to("cpu"))
-    return Scene.concatenate(scenes), torch.cat(segmentations)
+        return scene.to("cpu"), model.segment(scene, FAINT).to(torch.uint8).cpu()
+
+    parts = distributed.mapped(inferred, range(0, len(data), BATCH))
+    scenes, segmentations = zip(*parts, strict=True)
+    return Scene.concatenate(list(scenes)), torch.cat(segmentations)
 
 
 def evaluate(
@@ -45,6 +47,7 @@ def evaluate(
     nll_images: int | None = None,
     seed: int = 0,
     chunk: int | None = None,
+    chunk_seeds: bool = False,
     limit: float | None = None,
     priors: Sequence[str] = (),
     progress: bool = True,
@@ -67,6 +70,7 @@ def evaluate(
     :param particles: importance samples an image; 0 to leave the likelihood out.
     :param images: only the first so many. :param nll_images: of those, the likelihood of so many.
     :param chunk: particles times images at a time; by default what suits the device.
+    :param chunk_seeds: seed the samples of each chunk anew, as several processes always do.
     :param limit: most objects in an image.
     :param priors: what is swapped into the model, in words, for the result to say so.
     :raises UserError: if the images do not suit the model, or one shows too many objects.
@@ -103,7 +107,8 @@ def evaluate(
     if particles and bounds.applies(model, data):
         with torch.random.fork_rng(), pyro.validation_enabled(False):
             torch.manual_seed(seed)
-            found = bounds.measure(model, data[:nll_images], particles, chunk, progress)
+            each = seed if chunk_seeds or distributed.world() > 1 else None
+            found = bounds.measure(model, data[:nll_images], particles, chunk, progress, each)
         result |= _likelihood_figures(found)
     result["seconds"] = round(time.perf_counter() - start, 3)
     if result["nll"] is not None and model.likelihood.binary:  # else a density, without that limit
@@ -167,7 +172,9 @@ def look(model: GenerativeModel, data: SceneData) -> dict[str, float]:
     """A quick look during training: the one-sample bound, nats, and the count accuracy."""
     with torch.random.fork_rng(), pyro.validation_enabled(False):
         torch.manual_seed(0)
-        figures = {"held-out -ELBO": -float(bounds.measure(model, data, 1, BATCH).bounds.mean())}
+        each = 0 if distributed.world() > 1 else None
+        found = bounds.measure(model, data, 1, BATCH, seed=each)
+        figures = {"held-out -ELBO": -float(found.bounds.mean())}
     if isinstance(model, SceneModel) and data.counts is not None:
         counts = infer(model, data, math.inf)[0].counts.numpy()
         figures["count accuracy"] = float(metrics.count_correct(counts, data.counts).mean())

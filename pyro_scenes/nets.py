@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from pyro_scenes.spatial import crops
 
 
+def widened(x: Tensor) -> Tensor:
+    """bfloat16 -> float32; float32 and float64 stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ConvBlock(nn.Sequential):
     """Convolution, activation, normalisation."""
 
@@ -75,7 +80,7 @@ class LocationNet(nn.Module):
             # A 1 x 1 convolution as a product of matrices, several times as fast.
             weight, bias = self.head.weight.flatten(1), self.head.bias
             assert bias is not None
-            raw = weight @ features.float().flatten(2) + bias[:, None]  # (B, 4, HW / 4)
+            raw = weight @ widened(features).flatten(2) + bias[:, None]  # (B, 4, HW / 4)
             raw = F.pixel_shuffle(raw.unflatten(-1, features.shape[-2:]), 2)
         return 4.0 * raw.sigmoid().squeeze(1)
 
@@ -108,7 +113,7 @@ class PaperLocationNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H, W)."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.net(x).float()).squeeze(1)
+            return self.head(widened(self.net(x))).squeeze(1)
 
 
 def _strided(channels: int, width: int) -> list[nn.Module]:
@@ -143,7 +148,7 @@ class CropEncoder(nn.Module):
             image * places.shape[-1] + places.detach().argmax(-1), return_inverse=True
         )
         crop = crops(x, key % places.shape[-1], self.side, key // places.shape[-1])
-        mean, log_variance = self.head(self.convolutions(crop)).float().chunk(2, -1)
+        mean, log_variance = widened(self.head(self.convolutions(crop))).chunk(2, -1)
         return mean[back], log_variance[back]
 
 
@@ -158,9 +163,11 @@ class PaperAppearanceNet(nn.Module):
 
     def forward(self, x: Tensor, places: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W), (P, D) one-hot or relaxed, (P,) long -> two of (P, L)."""
-        maps = self.net(x).float().flatten(2)  # (B, 2 L, D)
-        at = torch.stack([maps[b] @ z for b, z in zip(image.tolist(), places, strict=True)])
-        mean, log_variance = at.float().chunk(2, -1)
+        maps = widened(self.net(x)).flatten(2)  # (B, 2 L, D)
+        at = [maps[b] @ z for b, z in zip(image.tolist(), places, strict=True)]
+        # A sum over no image keeps the network in the graph, see LAVAE.slots.
+        looked_up = torch.stack(at) if at else maps[:0].sum(-1)
+        mean, log_variance = looked_up.chunk(2, -1)
         return mean, log_variance
 
 
@@ -176,7 +183,7 @@ class SpriteMLP(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(P, L) -> (P, C, S, S) in (0, 1)."""
-        return self.net(z).float().view(-1, *self.shape).sigmoid()
+        return widened(self.net(z)).view(-1, *self.shape).sigmoid()
 
 
 class PaperSprite(nn.Module):
@@ -205,7 +212,7 @@ class PaperSprite(nn.Module):
             small, size=(self.side, self.side), mode="bilinear", align_corners=False
         )
         spread = z[:, :, None, None].expand(-1, -1, self.side, self.side)  # (P, L, S, S)
-        return self.head(self.blocks(torch.cat([large, spread], 1))).float().sigmoid()
+        return widened(self.head(self.blocks(torch.cat([large, spread], 1)))).sigmoid()
 
 
 class _PlainResidualBlock(nn.Module):

@@ -2,7 +2,9 @@
 
 On the CPU a resumed run ends with the same bits as one that was never interrupted: the state of
 the optimiser and of the random generators is kept, and the batch of each step follows from the
-seed and the step alone.
+seed and the step alone. Several processes (see `distributed`) take the same batches in parts, and
+the random numbers of each follow from the seed, the step and its rank: a run goes on with any
+number of processes.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from pyro_scenes import checkpoint
+from pyro_scenes import checkpoint, distributed
 from pyro_scenes.config import RunConfig, TrainConfig
 from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
 from pyro_scenes.data.files import alone_in, remove_unfinished, write_json
@@ -63,26 +66,36 @@ def train(
     path = out / checkpoint.FILE
     with ExitStack() as stack:
         there = out.exists()
-        if there:
-            stack.enter_context(alone_in(out))
-        kept = _resumable(path, config) if resume and path.exists() else None
-        if kept is None and path.exists() and not force:
-            raise UserError(f"{out} holds a run already: use --resume, --force or another --out")
+
+        def enter() -> dict | None:
+            if there:
+                stack.enter_context(alone_in(out))
+            kept = _resumable(path, config) if resume and path.exists() else None
+            if kept is None and path.exists() and not force:
+                raise UserError(
+                    f"{out} holds a run already: use --resume, --force or another --out"
+                )
+            return kept
+
+        def begin() -> None:
+            if not there:
+                try:
+                    out.mkdir(parents=True)  # fails if another training has made it meanwhile
+                except OSError as error:
+                    raise UserError(f"{out} cannot be made: {error.strerror}") from error
+                stack.enter_context(alone_in(out))
+            for name in (checkpoint.FILE, "config.json", "history.json"):
+                remove_unfinished(out / name)
+            write_json(out / "config.json", config.to_dict())
+            if kept is not None:  # A process that was killed may have written one file, not both.
+                write_json(out / "history.json", run.history)
+
+        kept = distributed.shared(enter)
         run = Run(config, device, mnist)
         run.on_record = on_record
         if kept is not None:
             run.restore(kept, path)
-        if not there:
-            try:
-                out.mkdir(parents=True)  # fails if another training has made it meanwhile
-            except OSError as error:
-                raise UserError(f"{out} cannot be made: {error.strerror}") from error
-            stack.enter_context(alone_in(out))
-        for name in (checkpoint.FILE, "config.json", "history.json"):
-            remove_unfinished(out / name)
-        write_json(out / "config.json", config.to_dict())
-        if kept is not None:  # A process that was killed may have written one file and not both.
-            write_json(out / "history.json", run.history)
+        distributed.shared(begin)
         run.loop(out, progress)
         return run.history
 
@@ -101,9 +114,15 @@ class Run:
                 f"batch_size {settings.batch_size} is more than the {len(self.data)} images there"
                 " are to train on"
             )
+        if settings.batch_size % distributed.world():
+            raise UserError(
+                f"batch_size {settings.batch_size} does not divide into parts for"
+                f" {distributed.world()} processes"
+            )
         height, width, channels = self.data.shape
         torch.manual_seed(config.seed)
         self.model = checkpoint.build(config, (channels, height, width)).to(self.device)
+        distributed.synced(self.model)
         self.model.check(self.data.batch(slice(0, 1)))
         self.objective = objective(config.model)(config.schedule, self.model, settings.steps)
         self.objective.modules.to(self.device)
@@ -119,6 +138,9 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         self.machine = described(self.device)
+        if distributed.world() > 1:
+            self.machine += f", {distributed.world()} processes"
+        self.parallel: DistributedDataParallel | None = None
         self.history: History = {}
         self.on_record: Callable[[Run, dict[str, float]], None] | None = None
         self._order: tuple[int, np.ndarray] | None = None
@@ -129,19 +151,21 @@ class Run:
         started = time.perf_counter() - self.seconds
         figures: dict[str, float] = {}
         with (
-            _signals() as stop,
+            _signals(patient=distributed.world() > 1) as stop,
             pyro.validation_enabled(False),
             tqdm(
                 total=settings.steps,
                 initial=self.step,
                 desc=self.config.model,
                 unit="step",
-                disable=not progress,
+                disable=not progress or distributed.rank() > 0,
                 dynamic_ncols=True,
             ) as bar,
         ):
-            while self.step < settings.steps and not stop:
+            stopping = False
+            while self.step < settings.steps and not stopping:
                 logged = self.advance()
+                stopping = distributed.agreed(bool(stop))
                 self.seconds = time.perf_counter() - started
                 bar.update()
                 last = self.step == settings.steps
@@ -152,11 +176,12 @@ class Run:
                     figures |= self.look()
                 if self.step % settings.log_every == 0 or last:
                     bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
-                if self.step % settings.checkpoint_every == 0 or last or stop:
+                if self.step % settings.checkpoint_every == 0 or last or stopping:
                     self.save(out)
-            if stop:
+            if distributed.agreed(bool(stop)):
                 self.save(out)
-                raise Terminated if stop[0] == signal.SIGTERM else KeyboardInterrupt
+                terminated = distributed.agreed(stop[:1] == [signal.SIGTERM])
+                raise Terminated if terminated else KeyboardInterrupt
 
     def advance(self) -> dict[str, float]:
         """One step. :raises UserError: before anything is changed, if the loss is not finite."""
@@ -168,7 +193,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         with temporarily(self.model, autocast=self.bfloat16), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # said below
-            figures = self.objective.backward(self.model, x, self.step)
+            figures = self._backward(x)
         largest = self.config.train.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         for name, value in (("loss", figures["loss"]), ("gradient", float(norm))):
@@ -182,9 +207,18 @@ class Run:
         self.step += 1
         return figures
 
+    def _backward(self, x: Tensor) -> dict[str, float]:
+        """Gradients of a step, of all processes; figures to log, the same in each."""
+        if distributed.world() == 1:
+            return self.objective.backward(self.model, x, self.step)
+        if self.parallel is None:
+            self.parallel = distributed.parallel(self.objective, self.model)
+        torch.manual_seed(distributed.seed(self.config.seed, self.step, distributed.rank()))
+        return distributed.backward(self.parallel, x, self.step)
+
     def batch(self, step: int) -> Tensor:
-        """The images of a step, (B, C, H, W)."""
-        return self.data.batch(self._index(step)).to(self.device)
+        """The images of a step, (B, C, H, W); of several processes each has its part of them."""
+        return self.data.batch(distributed.part(self._index(step))).to(self.device)
 
     def _index(self, step: int) -> np.ndarray:
         """The numbers of a step's images, (B,): a new order each epoch, known from the seed."""
@@ -214,11 +248,16 @@ class Run:
             steps, values = self.history.setdefault(name, ([], []))
             steps.append(self.step)
             values.append(float(value))
-        if self.on_record:
+        if self.on_record and distributed.rank() == 0:
             self.on_record(self, figures)
 
     def save(self, out: Path) -> None:
-        """Write the run into its folder. :raises UserError: if a weight is not finite."""
+        """Write the run into its folder, from rank 0.
+
+        :raises UserError: if a weight is not finite.
+        """
+        if distributed.rank() > 0:
+            return
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError(
                 f"a weight is not finite after step {self.step}: the last good checkpoint is kept;"
@@ -247,8 +286,9 @@ class Run:
             self.objective.modules.load_state_dict(training["modules"])
             self._restore_optimizer(training["optimizer"])
             torch.set_rng_state(training["random"])
-            if self.device.type == "cuda" and training["random_cuda"]:
-                torch.cuda.set_rng_state_all(training["random_cuda"])
+            if self.device.type == "cuda":  # it may have been a machine with more devices, or fewer
+                for index, state in enumerate(training["random_cuda"][: torch.cuda.device_count()]):
+                    torch.cuda.set_rng_state(state, index)
             self.history = {k: (list(s), list(v)) for k, (s, v) in training["history"].items()}
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:
@@ -325,10 +365,11 @@ def _flat(values: dict, prefix: str = "") -> dict[str, str]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(patient: bool) -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM are noted in a list, so that a step is finished and saved first.
 
-    A second Ctrl-C does not wait.
+    A second Ctrl-C does not wait; when ``patient`` it does: torchrun passes on what its processes
+    have had from the terminal, and ends those that do not end by themselves.
     """
     stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -339,7 +380,7 @@ def _signals() -> Iterator[list[int]]:
     def handle(number: int, frame: object) -> None:
         stop.append(number)
         for known, previous in before.items():
-            signal.signal(known, previous)
+            signal.signal(known, handle if patient else previous)
 
     for known in (signal.SIGINT, signal.SIGTERM):
         before[known] = signal.signal(known, handle)

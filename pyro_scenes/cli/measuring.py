@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -31,6 +32,9 @@ from pyro_scenes.cli.options import (
 @click.option("--chunk", metavar="N", type=click.IntRange(min=1),
               help="Particles times images at a time, to which memory is in proportion; default: "
               "what suits the device.")
+@click.option("--chunk-seeds", is_flag=True,
+              help="Seed the samples of each chunk anew, as several processes always do: one "
+              "process then has their figures to the bit.")
 @nll_option
 @objects_option
 @limit_option
@@ -51,14 +55,18 @@ from pyro_scenes.cli.options import (
 @click.option("--readme", type=FILE, metavar="FILE", help="Put the suite's head into a page.")
 @version_option
 def evaluate(checkpoint: str | None, data: str | None, images: int | None, particles: int,
-             chunk: int | None, nll_images: int | None, objects: tuple[int, int] | None,
-             max_objects: int | None, priors: tuple[str, ...], seed: int, out: Path | None,
-             curve: Path | None, figures: Path | None, device: str, mnist: Path | None, force: bool,
-             list_them: bool, whole_suite: bool, readme: Path | None) -> None:
+             chunk: int | None, chunk_seeds: bool, nll_images: int | None,
+             objects: tuple[int, int] | None, max_objects: int | None, priors: tuple[str, ...],
+             seed: int, out: Path | None, curve: Path | None, figures: Path | None, device: str,
+             mnist: Path | None, force: bool, list_them: bool, whole_suite: bool,
+             readme: Path | None) -> None:
     """Measure CHECKPOINT on held-out scenes.
 
-    CHECKPOINT is a run's folder, a file, or the name of a shipped checkpoint.
+    CHECKPOINT is a run's folder, a file, or the name of a shipped checkpoint. Several processes
+    share the images: torchrun --nproc-per-node N bin/svi-eval CHECKPOINT --data ...
     """
+    if (whole_suite or list_them) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise click.UsageError("--suite and --list are for one process")
     if whole_suite:
         if data or objects or max_objects is not None or priors or seed or out or curve or figures:
             raise click.UsageError("--suite chooses the data, the seed and the files itself")
@@ -70,18 +78,32 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
         raise click.UsageError("--readme goes with --suite")
     if not list_them and (checkpoint is None or data is None):
         raise click.UsageError("give a CHECKPOINT and --data, or --list, or --suite")
+    if list_them:
+        from pyro_scenes.checkpoint import shipped
+
+        click.echo("\n".join(shipped()) or "No checkpoint is shipped.")
+        return
+    assert checkpoint is not None and data is not None
+    from pyro_scenes import distributed
+
+    with distributed.session(device):
+        _evaluate(checkpoint, data, images, particles, chunk, chunk_seeds, nll_images, objects,
+                  max_objects, priors, seed, out, curve, figures, device, mnist, force)
+
+
+def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, chunk: int | None,
+              chunk_seeds: bool, nll_images: int | None, objects: tuple[int, int] | None,
+              max_objects: int | None, priors: tuple[str, ...], seed: int, out: Path | None,
+              curve: Path | None, figures: Path | None, device: str, mnist: Path | None,
+              force: bool) -> None:
     from pyro_scenes import bounds
     from pyro_scenes import checkpoint as checkpoints
-    from pyro_scenes import pictures, plots, report, swaps
+    from pyro_scenes import distributed, pictures, plots, report, swaps
     from pyro_scenes.data import load
     from pyro_scenes.data.files import write_json
     from pyro_scenes.errors import UserError
     from pyro_scenes.evaluate import evaluate as measure
 
-    if list_them:
-        click.echo("\n".join(checkpoints.shipped()) or "No checkpoint is shipped.")
-        return
-    assert checkpoint is not None and data is not None
     trained = checkpoints.load(checkpoint, device)
     model = trained.model
     suited = pictures.applying(model) if figures else []
@@ -94,9 +116,13 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
     swapped = swaps.parse(priors, model, trained.config.data, mnist=mnist, seed=seed)
     # Drawn before the long part and written after it: what fails does so early, and leaves nothing.
     with model.priors(**swapped):
-        drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), drawings, max_objects)
+        drawn = {}
+        if distributed.rank() == 0:
+            drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), drawings, max_objects)
         result = measure(model, scenes, particles=particles, nll_images=nll_images, seed=seed,
-                         chunk=chunk, limit=max_objects, priors=priors)
+                         chunk=chunk, chunk_seeds=chunk_seeds, limit=max_objects, priors=priors)
+    if distributed.rank() > 0:
+        return
     click.echo(report.table({scenes.name: result}))
     if result["curve"]:
         click.echo("\n" + report.likelihood(result))

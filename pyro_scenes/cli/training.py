@@ -48,27 +48,31 @@ def train(model: str, data: str, preset: str, steps: int | None, seed: int, devi
           tensorboard: bool, mnist: Path | None) -> None:
     """Train a model and measure it on held-out scenes.
 
-    The run's folder gets checkpoint.pt, config.json, history.json and inference.png.
+    The run's folder gets checkpoint.pt, config.json, history.json and inference.png. For several
+    processes: torchrun --nproc-per-node N bin/svi-train ...; each takes its part of the batches.
     """
     if resume and force:
         raise click.UsageError("--resume keeps the run and --force replaces it: give one of them")
-    from pyro_scenes import report, training
+    from pyro_scenes import distributed, report, training
     from pyro_scenes.config import make_config
 
-    config = make_config(model, data, preset, settings, steps, seed)
-    out = out or Path("runs") / f"{model}-{Path(data).stem}-seed{seed}"
-    log = TensorBoard(out / "tensorboard") if tensorboard else None
-    try:
-        training.train(config, out, resume=resume, force=force, device=device, mnist=mnist,
-                       on_record=log)
-    except KeyboardInterrupt as interrupt:
-        said = "Terminated" if isinstance(interrupt, Terminated) else "Interrupted"
-        raise type(interrupt)(
-            f"{said}. The same command with --resume goes on with the run in {out}.")
-    finally:
-        if log:
-            log.close()
-    click.echo(report.finish(config, out, device, mnist))
+    with distributed.session(device):
+        config = make_config(model, data, preset, settings, steps, seed)
+        out = out or Path("runs") / f"{model}-{Path(data).stem}-seed{seed}"
+        log = TensorBoard(out / "tensorboard") if tensorboard else None
+        try:
+            training.train(config, out, resume=resume, force=force, device=device, mnist=mnist,
+                           on_record=log)
+        except KeyboardInterrupt as interrupt:
+            said = "Terminated" if isinstance(interrupt, Terminated) else "Interrupted"
+            raise type(interrupt)(
+                f"{said}. The same command with --resume goes on with the run in {out}.")
+        finally:
+            if log:
+                log.close()
+        first = distributed.rank() == 0
+    if first:
+        click.echo(report.finish(config, out, device, mnist))
 
 
 class TensorBoard:

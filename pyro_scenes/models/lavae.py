@@ -177,6 +177,9 @@ class LAVAE(SceneModel):
         self.temperature: float | None = None  # of the places' gradient; a training sets it
         self.slope: float | None = None  # limits that gradient, see place_sprites; likewise
         self.reach: int | None = None  # of that gradient round a place, pixels; likewise
+        # Made at least, empty or not: where batch normalisation reads the batches of several
+        # processes, the networks of objects run in all of them, or none. Likewise.
+        self.slots = 0
         for name in ("sprite", "crop", "count_window", "blocked_window"):
             if getattr(config, name) % 2 == 0:
                 raise UserError(f"{name} must be odd, so that it has a centre pixel")
@@ -202,7 +205,7 @@ class LAVAE(SceneModel):
             n = pyro.sample("n", self.count_prior())  # (B,)
             used = x.new_zeros(*n.shape, size[0] * size[1])  # (B, D)
             places, appearances = [], []
-            steps = int(n.max())
+            steps = max(int(n.max()), self.slots)
             for i in pyro.markov(range(steps), history=max(steps, 1)):
                 with _if_present(i, n):
                     z_loc = pyro.sample(f"z_loc_{i}", self.location_prior(used))  # (B, D)
@@ -305,7 +308,7 @@ class LAVAE(SceneModel):
             n = pyro.sample("n", dist.Delta(count))  # (B,)
             logits = self._logits(encoded)  # (B, D)
             places: list[Tensor] = []
-            steps = int(n.max())
+            steps = max(int(n.max()), self.slots)
             for i in pyro.markov(range(steps), history=max(steps, 1)):
                 here = logits
                 if encoded.probed is not None:

@@ -13,9 +13,10 @@ from pyro.ops.provenance import track_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_scenes import distributed
 from pyro_scenes.models.air import AIR
 from pyro_scenes.models.discrete_air import DiscreteAIR
-from pyro_scenes.objectives.base import Objective, falling, temporarily
+from pyro_scenes.objectives.base import Objective, falling, surrogate, temporarily
 from pyro_scenes.priors import GeometricCount
 
 BASELINE = 1e4  # by which gradients of AIR's baseline are made smaller
@@ -85,8 +86,10 @@ class DiscreteAIRObjective(Objective):
     def learning_rates(self, step: int) -> dict[str, float]:
         return super().learning_rates(step) | {"rescue": 0.0}
 
-    def backward(self, model: DiscreteAIR, x: Tensor, step: int) -> dict[str, float]:
-        """Gradients of the loss of one batch; returns figures to log, nats per image."""
+    def loss(
+        self, model: DiscreteAIR, x: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What has the gradients of one batch, and figures to log, nats per image."""
         s = self.schedule
         used = x.new_zeros(model.classes)
 
@@ -103,10 +106,10 @@ class DiscreteAIRObjective(Objective):
             "start": self.rescue.start.clone() if early and (s.rescue or s.balance) else None,
         }
         with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
-            loss = self.elbo.loss_and_grads(model.model, guide, x)
+            figure, loss = surrogate(self.elbo, model.model, guide, x)
         if early:
-            self.rescue(used)
-        return {"loss": loss, "least used": float(self.rescue.usage.min())}
+            self.rescue(distributed.total(used))
+        return loss, {"loss": figure, "least used": float(self.rescue.usage.min())}
 
 
 @dataclass(frozen=True)
@@ -171,19 +174,26 @@ class AIRObjective(Objective):
         baseline = self.decay(step) * self.schedule.baseline_learning_rate
         return super().learning_rates(step) | {"baseline": baseline}
 
-    def backward(self, model: AIR, x: Tensor, step: int) -> dict[str, float]:
-        """Gradients of the loss of one batch; returns figures to log, nats per image."""
+    def loss(
+        self, model: AIR, x: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What has the gradients of one batch, and figures to log, nats per image."""
         s, c = self.schedule, model.config
         more = falling(step, s.more, c.more, s.more_begin, s.more_end)
         prior = GeometricCount(more, c.max_objects).to(x.device)
         with temporarily(model, count_prior=prior):
-            loss = self.elbo.loss_and_grads(model.model, model.guide, x)
-        # Not by poutine.scale: baselines are in nats of an image.
+            figure, loss = surrogate(self.elbo, model.model, model.guide, x)
+        return loss, {"loss": figure / len(x)}
+
+    def settle(self, model: AIR, images: int) -> None:
+        """From a sum over images to their mean.
+
+        Not by poutine.scale: baselines are in nats of an image.
+        """
         for name, parameters in model.groups().items():
             # The baseline's squared error, in nats, must not fill the norm that is clipped; its
             # optimiser does not mind a factor.
-            factor = len(x) * (BASELINE if name == "baseline" else 1.0)
+            factor = images * (BASELINE if name == "baseline" else 1.0)
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad /= factor
-        return {"loss": loss / len(x)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.util import torch_item
 from torch import Tensor, nn
 
 from pyro_scenes.models import GenerativeModel
@@ -49,13 +50,42 @@ class Objective:
         """For each group of the model's parameters, and of ``modules``."""
         return dict.fromkeys(self.groups, self.decay(step) * self.schedule.learning_rate)
 
-    def backward(self, model: Any, x: Tensor, step: int) -> dict[str, float]:
-        """Gradients of the loss of one batch; returns figures to log, nats per image.
+    def loss(self, model: Any, x: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        """What has the gradients of one batch, and figures to log, nats per image.
+
+        Both are means over images, so that those of the parts of a batch, of one size, average to
+        those of the whole. What is read of a whole batch comes from `distributed`.
 
         :param x: (B, C, H, W) in [0, 1]. :param step: from 0 on.
         """
         with poutine.scale(scale=1 / len(x)):
-            return {"loss": self.elbo.loss_and_grads(model.model, model.guide, x)}
+            figure, loss = surrogate(self.elbo, model.model, model.guide, x)
+        return loss, {"loss": figure}
+
+    def settle(self, model: Any, images: int) -> None:
+        """What is left to do when the gradients of a batch of so many images are there."""
+
+    def backward(self, model: Any, x: Tensor, step: int) -> dict[str, float]:
+        """Gradients of the loss of one batch; returns figures to log, nats per image."""
+        loss, figures = self.loss(model, x, step)
+        loss.backward()
+        self.settle(model, len(x))
+        return figures
+
+
+def surrogate(
+    elbo: ELBO, model: Callable, guide: Callable, x: Tensor
+) -> tuple[float, Tensor]:
+    """The loss, and what has its gradients: ``elbo.loss_and_grads``, before it goes backward.
+
+    The same as ``elbo.differentiable_loss``, which TraceGraph_ELBO lacks and which rounds the loss.
+    """
+    if isinstance(elbo, TraceGraph_ELBO):
+        bound, loss = elbo._loss_and_surrogate_loss(model, guide, (x,), {})
+        return -torch_item(bound), loss
+    assert isinstance(elbo, Trace_ELBO)
+    (traces,) = elbo._get_traces(model, guide, (x,), {})
+    return elbo._differentiable_loss_particle(*traces)
 
 
 @contextmanager

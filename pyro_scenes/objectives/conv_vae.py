@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_scenes.models.conv_vae import ConvVAE
-from pyro_scenes.objectives.base import Objective, linear
+from pyro_scenes.objectives.base import Objective, linear, surrogate
 
 LEAST = 1e-6  # beta at first: Pyro refuses a scale of 0
 
@@ -48,8 +48,10 @@ class Weighted(Messenger):
 class ConvVAEObjective(Objective):
     """-E[log p(x | z)] + beta KL(q(z | x) || p(z)), both by one draw of z (LAVAE, appendix B)."""
 
-    def backward(self, model: ConvVAE, x: Tensor, step: int) -> dict[str, float]:
-        """Gradients of the loss of one batch; returns figures to log, nats per image.
+    def loss(
+        self, model: ConvVAE, x: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What has the gradients of one batch, and figures to log, nats per image.
 
         The loss that is logged is the ELBO's, as if beta were 1 already.
         """
@@ -57,9 +59,9 @@ class ConvVAEObjective(Objective):
         beta = max(LEAST, linear(step, s.beta_begin, s.beta_end))
         joint, guide = poutine.trace(model.model), poutine.trace(model.guide)
         with Weighted("z", beta), poutine.scale(scale=1 / len(x)):
-            loss = self.elbo.loss_and_grads(joint, guide, x)
+            loss, weighted = surrogate(self.elbo, joint, guide, x)
         with torch.no_grad():
             sites = (guide.trace.nodes["z"], joint.trace.nodes["z"])
             posterior, prior = (site["fn"].log_prob(site["value"]) for site in sites)  # (B,) each
         divergence = float((posterior - prior).mean())
-        return {"loss": loss + (1 - beta) * divergence, "kl": divergence, "beta": beta}
+        return weighted, {"loss": loss + (1 - beta) * divergence, "kl": divergence, "beta": beta}

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor
 
+from pyro_scenes import distributed
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
-from pyro_scenes.objectives.base import Objective, falling, linear, temporarily
+from pyro_scenes.objectives.base import Objective, falling, linear, surrogate, temporarily
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,18 @@ class LAVAEObjective(Objective):
             "auxiliary": s.auxiliary_learning_rate,
         }
 
-    def backward(self, model: LAVAE, x: Tensor, step: int) -> dict[str, float]:
-        """Gradients of the loss of one batch; returns figures to log, nats per image."""
+    def loss(
+        self, model: LAVAE, x: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """What has the gradients of one batch, and figures to log, nats per image."""
         s = self.schedule
         weight = s.warmup_weight * (1 - linear(step, s.warmup_full, s.warmup_end))
-        target = None
+        target, auxiliary = None, None
         if weight > 0:
             with poutine.scale(scale=1 / len(x)):
-                self.elbo.loss_and_grads(self.auxiliary.model, self.auxiliary.guide, x)
+                _, auxiliary = surrogate(
+                    self.elbo, self.auxiliary.model, self.auxiliary.guide, x
+                )
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
         probe = s.probe * (1 - linear(step, 0, self.steps))
@@ -130,13 +135,15 @@ class LAVAEObjective(Objective):
                 temperature=temperature,
                 slope=s.slope / len(x) or None,
                 reach=s.reach or None,
+                slots=int(distributed.world() > 1),
             ),
             temporarily(model.likelihood, floor=floor),
             poutine.scale(scale=1 / len(x)),
         ):
-            loss = self.elbo.loss_and_grads(model.model, guide, x)
+            figure, loss = surrogate(self.elbo, model.model, guide, x)
         left = float(penalty.detach()) / len(x)
-        return {"loss": loss - left, "warmup": left, "objects": inferred}
+        loss = loss if auxiliary is None else loss + auxiliary
+        return loss, {"loss": figure - left, "warmup": left, "objects": inferred}
 
     def location_target(self, kl: Tensor, size: tuple[int, int]) -> Tensor:
         """From the KL map of the auxiliary VAE to heights that the location map should mimic.
@@ -155,7 +162,7 @@ class LAVAEObjective(Objective):
         smooth = _blur(fine, s.warmup_blur)
         nearby = F.max_pool2d(smooth, 21, stride=1, padding=10)
         # Where nothing is nearby, noise must not be blown up to a peak.
-        least = 0.3 * smooth.flatten(1).amax(1).quantile(0.9)
+        least = 0.3 * distributed.gathered(smooth.flatten(1).amax(1)).quantile(0.9)
         return s.warmup_height * (smooth / nearby.clamp(min=least)).pow(3)[:, 0]
 
 
