@@ -67,6 +67,8 @@ class _Place(torch.autograd.Function):
         sprites, places, image = ctx.saved_tensors
         _, height, width = ctx.size
         count, channels, side, _ = sprites.shape
+        if count == 0:  # FFTs refuse it
+            return torch.zeros_like(sprites), torch.zeros_like(places), None, None, None, None
         half = side // 2
         grad_sprites = grad_places = None
         if ctx.needs_input_grad[0]:

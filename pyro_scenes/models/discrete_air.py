@@ -385,7 +385,8 @@ class DiscreteAIR(Attend):
             logits = logits + self.start
         site = self._category(logits.view(*here.shape, -1))
         z_cat = found["z_cat"] = choose(f"z_cat_{t}", site, here)  # (..., K)
-        chosen = one_hot(z_cat.detach().argmax(-1), self.classes).view(-1, 1, self.classes)
+        chosen = one_hot(z_cat.detach().argmax(-1), self.classes, z_cat.dtype)
+        chosen = chosen.view(-1, 1, self.classes)
 
         def of_chosen(values: Tensor) -> Tensor:
             return (chosen @ values).view(*here.shape, -1)
