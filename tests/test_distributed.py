@@ -36,8 +36,8 @@ TINY = {
     ),
     "conv-vae": ("grid_width=8", "grid_latent=2", "beta_end=6"),
 }
-# At the beginning, in the middle of the schedules, and where the location map rests, attributes have
-# begun and nothing is forced: the first process then sees no object.
+# At the beginning, in the middle of the schedules, and where the location map rests, attributes
+# have begun and nothing is forced: the first process then sees no object.
 STEPS = (0, 3, 7)
 # Between the new location maps' largest heights of blank images and of others.
 THRESHOLDS = {"fast": "count_threshold=0.4", "paper": "count_threshold=1"}
@@ -172,7 +172,7 @@ def test_two_processes_have_the_gradient_of_one(both, folder, model, preset, ste
                 assert (value is None) == (other is None), name
                 if value is not None:
                     torch.testing.assert_close(
-                        other, value, rtol=1e-7, atol=1e-9, msg=lambda m: f"{kind} {name}: {m}"
+                        other, value, rtol=1e-6, atol=1e-7, msg=lambda m: f"{kind} {name}: {m}"
                     )
         assert together["figures"] == pytest.approx(alone["figures"], rel=1e-6)
     if (model, step) == ("lavae", STEPS[-1]):
