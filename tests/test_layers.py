@@ -19,7 +19,7 @@ LAYERS = {
     "checkpoint": 5,
     "training": 6, "report": 6,
     "cards": 7, "page": 7,
-    "bench": 8, "suite": 8,
+    "bench": 8, "suite": 8, "sweep": 8,
     "cli": 9,
 }
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))

@@ -1,0 +1,346 @@
+"""Many runs of one model: every setting of a grid with every seed, and one table of them.
+
+Each cell of a sweep is the folder of a run, with its figures on held-out scenes beside it in
+figures.json; a cell that has these is done, and any other goes on where it was. Cells run in
+processes of this machine, or where submitit takes them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pyro_scenes import cards, checkpoint, report, training
+from pyro_scenes.config import RunConfig, make_config
+from pyro_scenes.data.files import write_json
+from pyro_scenes.errors import UserError
+from pyro_scenes.evaluate import evaluate
+
+FIGURES, LOG = "figures.json", "log.txt"
+# Parts of held-out counts that are right, up to which steps and seconds are counted.
+LEVELS = (0.98, 0.99, 0.999)
+# Heading, figure, digits.
+COLUMNS = (
+    ("count right", "count_accuracy", 4),
+    ("-log p(x) <=", "nll", 2),
+    ("correspondence", "category_correspondence", 4),
+    ("purity", "purity", 4),
+    ("ARI", "ari", 4),
+)
+GRACE = 60.0  # seconds that a process has to save its run when the sweep is interrupted
+POLL = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep; all that a process elsewhere needs to know of it."""
+
+    model: str
+    data: str
+    preset: str
+    steps: int | None
+    seed: int
+    varied: tuple[str, ...]  # "name=value", those of the grid
+    settings: tuple[str, ...]  # and those of all cells
+    out: str
+    images: int
+    particles: int
+    device: str
+    mnist: str | None
+
+    @property
+    def label(self) -> str:
+        """What it shares with the same setting's other seeds."""
+        return " ".join(self.varied) or "as the preset"
+
+    def config(self) -> RunConfig:
+        """:raises UserError: for settings that are none."""
+        settings = [*self.settings, *self.varied]
+        return make_config(self.model, self.data, self.preset, settings, self.steps, self.seed)
+
+    def asked(self) -> dict[str, Any]:
+        """What its figures are of."""
+        settings = json.loads(json.dumps(self.config().to_dict()))
+        return {"images": self.images, "particles": self.particles, "settings": settings}
+
+    def figures(self) -> dict[str, Any] | None:
+        """Its figures, if they are those that are asked for."""
+        path = Path(self.out) / FIGURES
+        kept = json.loads(path.read_text()) if path.is_file() else None
+        return kept if kept and kept["asked"] == self.asked() else None
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Seeds such as "0-4" or "1,3,7-9". :raises UserError: for others."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"seeds are like 0-4 or 1,3,7-9, not {text!r}")
+        found += range(int(first), int(last or first) + 1)
+    if not found or len(set(found)) < len(found):
+        raise UserError(f"the seeds {text!r} are none, or one of them comes twice")
+    return tuple(found)
+
+
+def cells(
+    grid: Sequence[str], numbers: Sequence[int], out: Path, **common: Any
+) -> list[Cell]:
+    """Every combination of the grid's values with every seed, seeds last.
+
+    :param grid: "name=value,value": a name may have its part before it, as schedule.ramp; values
+        that contain commas are parted by semicolons.
+    :param common: what is the same in all, see `Cell`.
+    :raises UserError: for settings that are none.
+    """
+    axes: dict[str, list[str]] = {}
+    for axis in grid:
+        name, equals, text = axis.partition("=")
+        part, dot, bare = name.partition(".")
+        if not equals or not text or (dot and part not in RunConfig.parts):
+            raise UserError(f"an axis of the grid is like learning_rate=1e-3,2e-3, not {axis!r}")
+        name = bare if dot else name
+        values = text.split(";" if ";" in text else ",")
+        if name in axes or len(set(values)) < len(values):
+            raise UserError(f"the grid has {name}, or a value of it, twice")
+        axes[name] = values
+    found = []
+    for combination in itertools.product(*axes.values()):
+        varied = tuple(f"{name}={value}" for name, value in zip(axes, combination, strict=True))
+        folder = out / ("_".join(varied).replace("/", "-") or "preset")
+        for seed in numbers:
+            cell = Cell(seed=seed, varied=varied, out=str(folder / f"seed{seed}"), **common)
+            cell.config()
+            found.append(cell)
+    return found
+
+
+def run_cell(cell: Cell) -> None:
+    """Train one cell from where it is, and measure it; in any process, on any machine."""
+    out, mnist = Path(cell.out), Path(cell.mnist) if cell.mnist else None
+    config = cell.config()
+    training.train(config, out, resume=True, device=cell.device, mnist=mnist, progress=False)
+    trained = checkpoint.load(out, cell.device)
+    _, data = next(iter(report.held_out(trained.model, cell.data, cell.images, mnist).items()))
+    figures = evaluate(
+        trained.model, data, particles=cell.particles, limit=math.inf, progress=False
+    )
+    history = json.loads((out / "history.json").read_text())
+    assert trained.training is not None
+    write_json(out / FIGURES, {
+        "asked": cell.asked(),
+        "figures": figures,
+        "step": trained.step,
+        "seconds": trained.training["seconds"],
+        "machine": trained.training["machine"],
+        "reached": reached(history, trained.training["seconds"]),
+    })
+
+
+def reached(history: dict[str, Any], seconds: float) -> dict[str, dict[str, float]]:
+    """At which looks counts were first so often right: steps, and seconds in proportion to them."""
+    steps, values = history.get("count accuracy", ([], []))
+    found = {}
+    for level in LEVELS:
+        first = next((s for s, v in zip(steps, values, strict=True) if v >= level), None)
+        if first is not None:
+            last = history["loss"][0][-1]
+            found[f"{level:.1%}"] = {"steps": first, "seconds": seconds * first / last}
+    return found
+
+
+# --- launchers: they run cells, tell of each that ends, and return what went wrong ----------------
+
+Tell = Callable[[Cell, str | None], None]
+
+
+def locally(todo: Sequence[Cell], jobs: int, tell: Tell) -> None:
+    """So many at a time in processes of this machine; if several, each on a core of its own."""
+    waiting, running = list(todo), dict[int, tuple[Cell, subprocess.Popen]]()
+    try:
+        while waiting or running:
+            for slot in range(jobs):
+                if slot not in running and waiting:
+                    running[slot] = waiting[0], _start(waiting[0], slot if jobs > 1 else None)
+                    waiting.pop(0)
+            for slot, (cell, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    tell(cell, None if process.returncode == 0 else _last_line(cell, process))
+            time.sleep(POLL)
+    finally:
+        for _, process in running.values():
+            process.terminate()  # it saves its run first
+        deadline = time.monotonic() + GRACE
+        for _, process in running.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _start(cell: Cell, slot: int | None) -> subprocess.Popen:
+    """A process of its own for a cell, which a Ctrl-C in the terminal does not reach."""
+    out = Path(cell.out)
+    out.mkdir(parents=True, exist_ok=True)
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    }
+    if slot is not None:
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with open(out / LOG, "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from pyro_scenes.sweep import child; child()",
+             json.dumps(asdict(cell))],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            start_new_session=True,
+        )
+    if slot is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        with suppress(ProcessLookupError):  # it may have ended already
+            os.sched_setaffinity(process.pid, {cores[slot % len(cores)]})
+    return process
+
+
+def child() -> None:
+    """What such a process does: its argument is a cell as JSON."""
+    values = json.loads(sys.argv[1])
+    lists = {name: tuple(values[name]) for name in ("varied", "settings")}
+    try:
+        run_cell(Cell(**values | lists))
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _last_line(cell: Cell, process: subprocess.Popen) -> str:
+    if process.returncode < 0:
+        return f"ended by signal {-process.returncode}"
+    lines = (Path(cell.out) / LOG).read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "no message")
+
+
+def by_submitit(
+    todo: Sequence[Cell], jobs: int, tell: Tell, out: Path, parameters: dict[str, Any]
+) -> None:
+    """As one job array of submitit, on SLURM where that is.
+
+    :param jobs: most at a time.
+    :param parameters: of submitit's executor, such as slurm_partition, and cluster.
+    :raises UserError: if submitit is not here, or does not know a parameter.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--launcher submitit needs a package that is not here:"
+                        " install pyro_scenes[cluster]") from None
+    given: dict[str, Any] = {"name": "svi-sweep", "timeout_min": 24 * 60} | parameters
+    executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))
+    try:
+        executor.update_parameters(slurm_array_parallelism=jobs, **given)
+    except (NameError, TypeError, ValueError) as error:
+        raise UserError(f"submitit does not take these parameters: {error}") from error
+    submitted = executor.map_array(run_cell, todo)
+    try:
+        for cell, job in zip(todo, submitted, strict=True):
+            wrong = job.exception()
+            lines = str(wrong).strip().split("\n")
+            tell(cell, None if wrong is None else lines[-1] or type(wrong).__name__)
+    except KeyboardInterrupt:
+        for job in submitted:
+            job.cancel()
+        raise
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def summary(all_cells: Iterable[Cell], errors: dict[str, str]) -> dict[str, Any]:
+    """All that is known of a sweep, ready for JSON.
+
+    :param errors: the folder of a cell -> what went wrong.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in all_cells:
+        row: dict[str, Any] = {"seed": cell.seed, "out": cell.out, "error": errors.get(cell.out)}
+        kept = cell.figures()
+        if kept is not None:
+            row |= {key: value for key, value in kept.items() if key != "asked"}
+        groups.setdefault(cell.label, []).append(row)
+    return {
+        "settings": [
+            {"setting": label, "done": sum("figures" in r for r in rows), **_spread(rows),
+             "seeds": rows}
+            for label, rows in groups.items()
+        ]
+    }
+
+
+def _spread(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means and standard deviations over the seeds that are done; medians of when levels were met.
+    """
+    done = [row for row in rows if "figures" in row]
+    found: dict[str, Any] = {"figures": {}, "reached": {}}
+    for _, key, _ in COLUMNS:
+        values = [row["figures"][key] for row in done if row["figures"].get(key) is not None]
+        if values:
+            found["figures"][key] = {
+                "mean": statistics.mean(values),
+                "deviation": statistics.stdev(values) if len(values) > 1 else None,
+            }
+    for level in (f"{level:.1%}" for level in LEVELS):
+        met = [row["reached"][level] for row in done if level in row["reached"]]
+        if met:
+            found["reached"][level] = {"seeds": len(met)} | {
+                unit: statistics.median(m[unit] for m in met) for unit in ("steps", "seconds")
+            }
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The same to print: a row a setting, then a line a failure."""
+    headings = ["setting", "seeds", *(heading for heading, *_ in COLUMNS)]
+    headings += [f"to {level:.1%}" for level in LEVELS]
+    rows = []
+    for entry in result["settings"]:
+        row = [entry["setting"], f"{entry['done']} of {len(entry['seeds'])}"]
+        for _, key, digits in COLUMNS:
+            figure = entry["figures"].get(key)
+            row.append("-" if figure is None else _written(figure, digits))
+        for level in LEVELS:
+            met = entry["reached"].get(f"{level:.1%}")
+            few = f" ({met['seeds']} seeds)" if met and met["seeds"] < entry["done"] else ""
+            row.append(
+                f"{met['steps']:,.0f} steps, {met['seconds']:,.0f} s{few}" if met else "-"
+            )
+        rows.append(row)
+    used = [i for i in range(len(headings)) if i < 2 or any(row[i] != "-" for row in rows)]
+    lines = cards.table_lines(
+        [headings[i] for i in used], [[row[i] for i in used] for row in rows]
+    )
+    for entry in result["settings"]:
+        for row in entry["seeds"]:
+            if row["error"]:
+                lines.append(f"failed: {entry['setting']}, seed {row['seed']}: {row['error']}"
+                             f" ({row['out']})")
+    return "\n".join(lines)
+
+
+def _written(figure: dict[str, float | None], digits: int) -> str:
+    deviation = figure["deviation"]
+    spread = "" if deviation is None else f" +- {deviation:.{digits}f}"
+    return f"{figure['mean']:.{digits}f}{spread}"
