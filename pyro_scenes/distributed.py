@@ -14,7 +14,9 @@ without the others: `mean` gives back what it gets, and so on.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,10 +37,10 @@ R = TypeVar("R")
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long the others wait for one: looks at held-out images and saving are done at once.
 TIMEOUT = timedelta(minutes=30)
-# How long a rank that lost the others waits for each of them to say so too.
-ROLL_CALL = timedelta(seconds=5)
-# How long another rank than 0 leaves it to rank 0 to say what is wrong.
-DEFERENCE = timedelta(seconds=3)
+# Seconds that a rank which lost the others waits for each of them to say so too.
+ROLL_CALL = 5.0
+# Seconds that another rank than 0 leaves it to rank 0 to say what is wrong.
+DEFERENCE = 3.0
 
 _apart: Any = None  # the group of batch normalisation: its order and the gradients' are their own
 
@@ -107,6 +109,8 @@ def session(device: str) -> Iterator[None]:
 
 def _obituary(store: Any, own: int, size: int) -> str:
     """Which ranks are gone; ends this process if another one says so, or an error of its own."""
+    for known in (signal.SIGINT, signal.SIGTERM):  # torchrun now ends those that are left
+        signal.signal(known, signal.SIG_IGN)
     silent = []
     try:
         store.set(f"alone {own}", "1")
@@ -120,12 +124,12 @@ def _obituary(store: Any, own: int, size: int) -> str:
             " --resume goes on from it, with any number of processes")
 
 
-def _came(store: Any, key: str, patience: timedelta) -> bool:
-    try:
-        store.wait([key], patience)
-    except dist.DistError:
-        return False
-    return True
+def _came(store: Any, key: str, patience: float) -> bool:
+    """Whether a key is there before patience ends; store.wait would print its own warnings."""
+    deadline = time.monotonic() + patience
+    while not store.check([key]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return store.check([key])
 
 
 # --- operations -----------------------------------------------------------------------------------

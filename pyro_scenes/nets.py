@@ -167,7 +167,7 @@ class PaperAppearanceNet(nn.Module):
         at = [maps[b] @ z for b, z in zip(image.tolist(), places, strict=True)]
         # A sum over no image keeps the network in the graph, see LAVAE.slots.
         looked_up = torch.stack(at) if at else maps[:0].sum(-1)
-        mean, log_variance = looked_up.chunk(2, -1)
+        mean, log_variance = widened(looked_up).chunk(2, -1)
         return mean, log_variance
 
 

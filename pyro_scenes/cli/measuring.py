@@ -167,17 +167,32 @@ def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
               help="Draw LAVAE's cost against objects and canvas.")
 @click.option("--pyro-air", type=FILE, metavar="DIR",
               help="Compare our AIR with Pyro's own too: examples/air of a checkout of Pyro.")
+@click.option("--scaling", is_flag=True,
+              help="Measure 1, 2, 4 ... processes at one training instead; --readme is then for "
+              "docs/scaling.md.")
 @device_option
 @force_option
 @version_option
 def bench(quick: bool, out: Path | None, readme: Path | None, figure: Path | None,
-          pyro_air: Path | None, device: str, force: bool) -> None:
+          pyro_air: Path | None, scaling: bool, device: str, force: bool) -> None:
     """Time training and evaluation on this machine."""
+    if scaling and (figure or pyro_air):
+        raise click.UsageError("--figure and --pyro-air do not go with --scaling")
     from pyro_scenes import bench as benchmarks
     from pyro_scenes import plots, report
     from pyro_scenes.data.files import write_json
 
     report.claim([out], [figure], force)
+    if scaling:
+        from pyro_scenes.bench import scaling as several
+
+        result = several.run(device, 5 if quick else 40)
+        click.echo(several.table(result))
+        if out:
+            write_json(out, result)
+        if readme:
+            report.insert(readme, "svi-bench --scaling", several.table(result))
+        return
     result = benchmarks.run(device, quick, pyro_air)
     click.echo(benchmarks.table(result))
     if out:
