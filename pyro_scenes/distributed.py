@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import Terminated, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,8 +39,8 @@ TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)
 # Seconds that a rank which lost the others waits for each of them to say so too.
 ROLL_CALL = 5.0
-# Seconds that another rank than 0 leaves it to rank 0 to say what is wrong.
-DEFERENCE = 3.0
+# Seconds that another rank than 0 leaves to rank 0 to say what is wrong, and to save.
+DEFERENCE = 2.0
 
 _apart: Any = None  # the group of batch normalisation: its order and the gradients' are their own
 
@@ -90,16 +90,18 @@ def session(device: str) -> Iterator[None]:
         yield
         dist.barrier(_apart)
         dist.destroy_process_group()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if own:
-            sys.exit(130)
+            _leave(143 if isinstance(interrupt, Terminated) else 130)
         raise
-    except UserError as error:
+    except (UserError, OSError, MemoryError) as error:
         if not own:
-            store.set("told", "0")
+            store.set("told", "1")
             raise
+        _deaf()
         if _came(store, "told", DEFERENCE):
-            sys.exit(2)
+            _leave(2)
+        store.set("told", "1")
         raise UserError(f"rank {own}: {error}") from error
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -109,8 +111,7 @@ def session(device: str) -> Iterator[None]:
 
 def _obituary(store: Any, own: int, size: int) -> str:
     """Which ranks are gone; ends this process if another one says so, or an error of its own."""
-    for known in (signal.SIGINT, signal.SIGTERM):  # torchrun now ends those that are left
-        signal.signal(known, signal.SIG_IGN)
+    _deaf()
     silent = []
     try:
         store.set(f"alone {own}", "1")
@@ -120,8 +121,21 @@ def _obituary(store: Any, own: int, size: int) -> str:
     except dist.DistError:
         pass  # the store is gone, with whoever held it
     who = " and ".join(f"rank {r}" for r in silent) or "another process"
-    return (f"{who} died, which ended all {size} processes: the last checkpoint is kept, and"
-            " --resume goes on from it, with any number of processes")
+    return (f"{who} died, which ended all {size} processes: of a training the last checkpoint is"
+            " kept, and --resume goes on from it, with any number of processes")
+
+
+def _deaf() -> None:
+    """Hear no signal any more: torchrun sends some to all that are left when one process ends."""
+    for known in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(known, signal.SIG_IGN)
+
+
+def _leave(status: int) -> NoReturn:
+    """End without a word, when rank 0 has had the time for its own."""
+    _deaf()
+    time.sleep(DEFERENCE)
+    sys.exit(status)
 
 
 def _came(store: Any, key: str, patience: float) -> bool:

@@ -223,7 +223,7 @@ def child() -> None:
         run_cell(Cell(**values | lists))
     except UserError as error:
         sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # of SIGTERM, too, once the training has begun
         sys.exit(130)
 
 

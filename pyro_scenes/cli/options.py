@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -34,7 +35,9 @@ class Command(click.Command):
             said, status = "Interrupted.", 130
             if isinstance(interrupt, Terminated):
                 said, status = "Terminated.", 143
-            click.echo(str(interrupt) or said, err=True)
+            # torchrun's processes all get the signal.
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(str(interrupt) or said, err=True)
             ctx.exit(status)
         click.echo("Error: " + " ".join(message.split()), err=True)
         ctx.exit(2)
