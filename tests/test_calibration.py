@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.patches import Rectangle
 from PIL import Image
 from pyro import poutine
 from pyro.nn import pyro_method
@@ -295,14 +296,16 @@ def test_a_training_of_the_guide_makes_it_calibrated() -> None:
             self.decoders = ("weight",)
             apart, _ = torch.linalg.qr(self.weight.detach())  # so that the posterior factorises
             self.weight.data = apart * torch.tensor([1.5, 1.0, 0.5])
-            read = self.read
-            del self.read, self.scale
-            self.read = nn.Parameter(0.3 * read)
+            self.learned = nn.Parameter(0.3 * self.read)
             self.log_scale = nn.Parameter(torch.full((3,), -2.0).double())
 
-        @property
-        def scale(self) -> Tensor:
-            return self.log_scale.exp()
+        @pyro_method
+        def guide(self, x: Tensor) -> None:
+            mean, scale = x.flatten(1) @ self.learned.T, self.log_scale.exp()
+            with pyro.plate("images", len(x), dim=-1):
+                for i, name in enumerate(("z_0", "z_1", "w")):
+                    site = dist.Normal(mean[:, i:i + 1], scale[i]).to_event(1)
+                    pyro.sample(name, site)
 
     model = Learning()
     weight = model.weight.detach().clone()
@@ -328,17 +331,21 @@ def test_bars_are_one_high_for_uniform_ranks_and_intervals_cover_their_mass() ->
     figure = plots.calibration_figure({"a": {"z": even, "w": sure}, "b": {"z": sure, "w": even}})
     assert len(figure.axes) == 6
     covered, first, second = figure.axes[:3]
-    heights = [bar.get_height() for bar in first.patches if bar.get_width() < 0.5]
+    (band, *bars), (_, *others) = (
+        [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+        for axes in (first, second)
+    )
+    heights = [bar.get_height() for bar in bars]
     assert heights == pytest.approx([1.0] * drawing.BINS)
-    ends = [bar.get_height() for bar in second.patches if bar.get_width() < 0.5]
+    ends = [bar.get_height() for bar in others]
     assert ends[0] == pytest.approx(drawing.BINS / 3) and sum(ends[1:-1]) == 0
-    band = next(patch for patch in first.patches if patch.get_width() >= 0.5)
     low, high = stats.binom.interval(0.99, 1200, 1 / drawing.BINS)
     assert band.get_height() == pytest.approx((high - low) * drawing.BINS / 1200)
     lines = {line.get_label(): line.get_xydata() for line in covered.lines}
     assert np.allclose(lines["z"][:, 0], lines["z"][:, 1], atol=0.01)
     assert (lines["w"][:100, 1] == 0).all() and lines["w"][100, 1] == 1
-    for bad in ({}, {"a": {}}, {"a": {"z": even}, "b": {"w": even}}):
+    wrong: list[dict] = [{}, {"a": {}}, {"a": {"z": even}, "b": {"w": even}}]
+    for bad in wrong:
         with pytest.raises(ValueError, match="same families"):
             plots.calibration_figure(bad)
 

@@ -367,8 +367,9 @@ def trained(name: str) -> tuple[GenerativeModel, SceneData]:
     return checkpoint.build(make_config(name, "multi-dsprites"), (3, 64, 64)).eval(), data
 
 
-def test_every_model_is_computed_twice() -> None:
-    assert set(SECOND) == set(MODELS) == set(CHECKPOINTS)
+def test_every_model_that_has_shipped_is_computed_twice() -> None:
+    kinds = {type(model) for model in (checkpoint.load(n).model for n in checkpoint.shipped())}
+    assert {name for name, (kind, *_) in MODELS.items() if kind in kinds} <= set(SECOND)
 
 
 @pytest.mark.parametrize("name", SECOND)
