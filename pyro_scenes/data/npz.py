@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import math
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -94,7 +95,9 @@ def load_npz(path: str | Path) -> SceneData:
 def readable(path: Path) -> Iterator[None]:
     """Turn what a missing or damaged npz file raises into a UserError."""
     try:
-        yield
+        # numpy warns of a header that is damaged, and then fails or reads it.
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError,
