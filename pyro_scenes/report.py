@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +70,27 @@ def write_objects(out: Path, scene: Scene, form: str | None) -> None:
         write_json(out, graph.to_json(scene) if form else scene.to_json())
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures of `evaluate`, a row a data set; a dash where one does not apply.
+def columns(figures: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The figures of `evaluate` in words, by heading; a dash where one does not apply.
 
     Columns that apply to no row are left out.
+
+    :param figures: by data set, a row each.
     """
-    columns = {
+    told = {
         "": list(figures),
         "images": [f"{row['images']:,}" for row in figures.values()],
     }
     for heading, write in COLUMNS.items():
         cells = [write(row) for row in figures.values()]
         if any(cell != "-" for cell in cells):
-            columns[heading] = cells
-    return _aligned(columns)
+            told[heading] = cells
+    return told
+
+
+def table(figures: Mapping[str, dict[str, Any]]) -> str:
+    """The same as lines of text."""
+    return _aligned(columns(figures))
 
 
 def likelihood(row: dict[str, Any]) -> str:

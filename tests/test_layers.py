@@ -14,7 +14,7 @@ LAYERS = {
     "attention": 1,
     "data": 1,
     "models": 2,
-    "objectives": 3, "bounds": 3, "pictures": 3, "swaps": 3,
+    "objectives": 3, "bounds": 3, "markup": 3, "pictures": 3, "swaps": 3,
     "evaluate": 4, "config": 4, "calibration": 4, "tensors": 4,
     "checkpoint": 5,
     "training": 6, "report": 6,
