@@ -38,6 +38,7 @@ from pyro_scenes.objectives import Objective
 COUNT = "n"
 # Of a further training of the guide: images a step, and its learning rate, which falls to 0.
 BATCH, RATE = 64, 5e-4
+CLIP = 100.0  # largest norm of its gradient
 # A step by which all that an objective anneals has come to its end.
 END = 10**9
 
@@ -190,13 +191,16 @@ def train(
                 with torch.no_grad():
                     x = simulate(model, BATCH)[1]
                 optimizer.zero_grad(set_to_none=True)
-                loss = objective.backward(model, x, END)["loss"]
-                norm = nn.utils.clip_grad_norm_(learning, 100.0)
-                if not math.isfinite(loss) or not norm.isfinite():
+                loss, figures = objective.loss(model, x, END)
+                if loss.requires_grad:  # not where a guide by point masses finds nothing at all
+                    loss.backward()
+                    objective.settle(model, len(x))
+                norm = nn.utils.clip_grad_norm_(learning, CLIP)
+                if not math.isfinite(figures["loss"]) or not norm.isfinite():
                     raise UserError("the loss of the guide's training is not finite")
                 optimizer.step()
                 fall.step()
-                bar.set_postfix(loss=f"{loss:.4g}")
+                bar.set_postfix(loss=f"{figures['loss']:.4g}")
                 bar.update()
         model.eval()
 

@@ -267,7 +267,8 @@ def test_the_generative_models_parameters_are_those_of_its_density(row) -> None:
 
 @pytest.mark.parametrize("name, settings", [
     ("lavae", ["sprite=5", "crop=7", "location_width=8", "location_blocks=1", "latent=2",
-               "appearance_width=4", "appearance_hidden=6", "sprite_hidden=5"]),
+               "appearance_width=4", "appearance_hidden=6", "sprite_hidden=5",
+               "count_threshold=0.01"]),
     ("air", ["window=8", "latent=2", "decoder_hidden=5", "encoder_hidden=6", "hidden=7",
              "glimpse=8", "glimpse_width=2"]),
     ("discrete-air", ["window=8", "code=5", "decoder_hidden=6", "hidden=7", "glimpse=8",
@@ -285,6 +286,15 @@ def test_a_training_of_the_guide_moves_the_guide_alone(name, settings) -> None:
     fixed = {name for name, p in model.named_parameters() if id(p) in generative}
     assert fixed and not fixed & moved and moved
     assert all(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_a_guide_that_finds_nothing_is_left_as_it_is() -> None:
+    """LAVAE's count is a point mass: without objects its bound has no gradient."""
+    config = make_config("lavae", "multi-dsprites", settings=["count_threshold=3.9"])
+    model = checkpoint.build(config, (3, 16, 16)).eval()
+    before = [p.detach().clone() for p in model.parameters()]
+    calibration.train(model, OBJECTIVES["lavae"][0](config.schedule, model, 100), 1)
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before))
 
 
 def test_a_training_of_the_guide_makes_it_calibrated() -> None:
