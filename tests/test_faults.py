@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -262,23 +263,29 @@ def test_a_folder_is_free_again_after_a_training(data: str, tmp_path: Path) -> N
 # --- files that cannot be written or are gone ----------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Files of this process end after 2 KiB, fewer than a checkpoint has."""
+    """Files of this process end after 2 KiB, fewer than a checkpoint has.
+
+    A file that pytest itself reports to would end there too: not for longer than a command.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
-    data: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    before_step(monkeypatch, 3, lambda run: request.getfixturevalue("full_disk"))
-    result = CliRunner().invoke(cli.train, command(data, out))
+    with ExitStack() as stack:
+        before_step(monkeypatch, 3, lambda run: stack.enter_context(full_disk()))
+        result = CliRunner().invoke(cli.train, command(data, out))
     assert result.exit_code == 2
     assert last_line(result) == f"Error: {out / checkpoint.FILE}: File too large"
     assert checkpoint.load(out).step == 2
