@@ -17,6 +17,7 @@ from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import load_npz
 from pyro_scenes.errors import UserError
 from pyro_scenes.objectives import OBJECTIVES, temporarily
+from pyro_scenes.objectives.lavae import LAVAEObjective
 
 BATCH, SIDE = 8, 16
 TINY = {
@@ -99,6 +100,16 @@ def _has(model_name: str, preset: str, data: str, setting: str) -> bool:
     return True
 
 
+def location_targets(data: str) -> Tensor:
+    """LAVAE's of maps that are the fainter the earlier they come, so that their scale matters."""
+    config = make_config("lavae", data, settings=TINY["lavae"])
+    torch.manual_seed(3)
+    objective = LAVAEObjective(config.schedule, checkpoint.build(config, (1, SIDE, SIDE)), 10)
+    maps = torch.arange(BATCH * 16.0).sin().square().reshape(BATCH, 4, 4)
+    maps = maps * torch.logspace(-4, 0, BATCH)[:, None, None]
+    return objective.location_target(maps[distributed.part(np.arange(BATCH))], (SIDE, SIDE))
+
+
 def normalised(rows: Tensor) -> dict[str, Tensor]:
     """Values, gradients and statistics of rows that are normalised, then cubed and weighed."""
     network = nn.Sequential(nn.BatchNorm1d(3))
@@ -123,6 +134,7 @@ def work(folder: Path) -> dict[Any, Any]:
         (model, preset, step): gradients(model, preset, str(folder / "x.npz"), step)
         for model, preset in ROWS for step in STEPS
     }
+    found["targets"] = location_targets(str(folder / "x.npz"))
     found["normalised"] = normalised(ROWS_OF_ALL if rank else ROWS_OF_ALL[:0])
     found["part"] = distributed.part(np.arange(10))
     found["mapped"] = distributed.mapped(lambda item: (item, distributed.rank()), range(5))
@@ -178,6 +190,11 @@ def test_two_processes_have_the_gradient_of_one(both, folder, model, preset, ste
     if (model, step) == ("lavae", STEPS[-1]):
         first, second = (rank[model, preset, step]["sprites"] for rank in both)
         assert first == [0] and second == alone["sprites"] != [0]
+
+
+def test_location_targets_have_the_scale_of_the_whole_batch(both, folder) -> None:
+    alone = location_targets(str(folder / "x.npz"))
+    torch.testing.assert_close(torch.cat([rank["targets"] for rank in both]), alone)
 
 
 def test_batch_normalisation_reads_all_rows_where_one_process_has_none(both) -> None:
@@ -237,6 +254,7 @@ class Crash(Exception):
 
 
 HALF, WHOLE = 3, 6
+SEEDS: list[int] = []  # of the noise of each step that this process has done
 
 
 def configured(data: Path, *settings: str) -> RunConfig:
@@ -254,7 +272,9 @@ def run(config: RunConfig, out: Path, until: int = WHOLE, **options: Any) -> tra
     def limited(self: training.Run) -> dict[str, float]:
         if self.step == until:
             raise Crash
-        return advance(self)
+        figures = advance(self)
+        SEEDS.append(torch.initial_seed())
+        return figures
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Run, "advance", limited)
@@ -267,11 +287,14 @@ def run(config: RunConfig, out: Path, until: int = WHOLE, **options: Any) -> tra
 def train_together(folder: Path) -> dict[str, Any]:
     config = configured(folder / "x.npz")
     run(config, folder / "two then one", until=HALF)
+    SEEDS.clear()
     history = run(config, folder / "whole")
+    of_whole = list(SEEDS)
     run(config, folder / "parts", until=HALF)
     torch.manual_seed(distributed.rank())  # what a new process would have
     found: dict[str, Any] = {
         "whole": history,
+        "seeds": of_whole,
         "parts": run(config, folder / "parts", resume=True),
         "one then two": run(config, folder / "one then two", resume=True),
     }
@@ -310,6 +333,11 @@ def test_a_resumed_run_of_two_processes_ends_as_one_that_was_not_interrupted(tra
     assert all(r["whole"] == r["parts"] == ranks[0]["whole"] for r in ranks)
     assert (folder / "whole" / "history.json").read_bytes() == (
         folder / "parts" / "history.json").read_bytes()
+
+
+def test_every_rank_and_step_has_noise_of_its_own(trained) -> None:
+    _, ranks = trained
+    assert len({seed for rank in ranks for seed in rank["seeds"]}) == 2 * WHOLE
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained, tmp_path) -> None:
