@@ -392,15 +392,16 @@ def by_coverage(name: str, folder: Path, options: list[str]) -> None:
     """The same inputs, chosen by the code that they reach, until libFuzzer ends the process."""
     import atheris
 
+    target, path, corpus = TARGETS[name], folder / f"input.{name}", folder / "corpus"
+    corpus.mkdir()
+    for i, data in enumerate(target.seeds(folder)):
+        (corpus / str(i)).write_bytes(data)
+        feed(target, path, data)  # what is imported late is there, to be watched
     for module in (*filter(None, map(sys.modules.get, WATCHED)), sys.modules[__name__]):
         for holder in (module, *(v for v in vars(module).values() if inspect.isclass(v))):
             for function in vars(holder).values():
                 if inspect.isfunction(function) and function.__module__ == module.__name__:
                     atheris.instrument_func(function)  # in place
-    target, path, corpus = TARGETS[name], folder / f"input.{name}", folder / "corpus"
-    corpus.mkdir()
-    for i, data in enumerate(target.seeds(folder)):
-        (corpus / str(i)).write_bytes(data)
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         chance = random.Random(seed)

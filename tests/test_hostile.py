@@ -147,13 +147,25 @@ def long_directory(path: Path) -> Path:
     return path
 
 
+def png(path: Path, side: int, longer: int = 0) -> Path:
+    """A grey picture whose data are those of 4 x 4 pixels, and claim to be so many bytes longer."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(20))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4 + longer * (chunk is data)) + chunk
+        + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, data, b"IEND")))
+    return path
+
+
 def lying_png(path: Path) -> Path:
     """20,000 x 20,000 pixels in some bytes."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    data = b"IDAT" + zlib.compress(bytes(100))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in (header, data, b"IEND")))
+    return png(path, 20_000)
+
+
+def long_chunk(path: Path) -> Path:
+    """A chunk of 1 GiB in some bytes; what is there is enough for the picture, and is read."""
+    png(path, 4, 2**30)
+    assert not read_png(png(path.with_name("whole.png"), 4)).any()
     return path
 
 
@@ -284,6 +296,7 @@ BOMBS = [
     (other_method, load_npz, "compressed by a method"),
     (long_directory, load_npz, "directory is too long"),
     (lying_png, read_png, "exceeds limit"),
+    (long_chunk, read_png, None),
     (large_png, read_png, "claims 0.0931 GiB"),
     (folder_of_pngs, read_png, "16.png claims 0.0633 GiB"),
     (gzip_bomb, read_digits, "more than 200000000 bytes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ def _read_png(path: Path, channels: int, before: int) -> np.ndarray:
         # What is odd about a file is said once, and not by Pillow.
         with warnings.catch_warnings(action="ignore"):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
+            limits.check(path, path.stat().st_size)
+            # In memory a read of what a chunk claims to have ends where the file does.
+            with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
                 limits.check(path, BYTES * (before + image.width * image.height))
                 if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
                     raise UserError(f"{path} has pixels of mode {image.mode}; save it with 8 bits "
