@@ -103,6 +103,8 @@ NAN_IN_PART = good()["boxes"].copy()
 NAN_IN_PART[0, 0, 2] = np.nan
 INFINITE, FLAT, EXTRA = (good()["boxes"].copy() for _ in range(3))
 INFINITE[0, 0, 0] = np.inf
+FAR, THIN = (good()["boxes"].copy() for _ in range(2))
+FAR[0, 0, 0], THIN[0, 0, 2] = 1e300, 1e-300  # of float64, and not of float32
 FLAT[0, 0, 3] = 0
 EXTRA[1, 0] = 1
 
@@ -131,6 +133,8 @@ EXTRA[1, 0] = 1
     ({"boxes": np.zeros((2, 2, 5))}, "4 is 4"),
     ({"boxes": NAN_IN_PART}, "NaN in part"),
     ({"boxes": INFINITE}, "infinite"),
+    ({"boxes": FAR}, "infinite"),
+    ({"boxes": THIN}, "without width or height"),
     ({"boxes": FLAT}, "without width or height"),
     ({"boxes": EXTRA}, "disagree"),
     ({"segmentation": np.zeros((2, 4, 5), int)}, "segmentation is int64"),
