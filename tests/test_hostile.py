@@ -388,6 +388,7 @@ def test_too_little_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     ({"images.npy": npy((1, 1, 1, 1)) + b"\0", "categories.npy": npy((1, 1), "<i8") + b"\x7f" * 8},
      "a category is 0 to 255"),
     ({"images.npy": npy((1, 1, 1, 1), "|V1") + b"\0"}, "it must be uint8"),
+    ({"images.npy": npy((1, 1, 1, 1), ",1u1") + b"\0"}, "images has a header that cannot be read"),
 ])
 def test_arrays_that_lie_are_refused(tmp_path: Path, entries: dict[str, bytes], said: str) -> None:
     refused(lambda: load_npz(zipped(tmp_path / "bad.npz", entries)), said)

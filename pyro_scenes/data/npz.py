@@ -116,7 +116,10 @@ def read_header(name: str, entry: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"{name} has the npy format {version}")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read(beginning)
+    try:
+        shape, _, dtype = read(beginning)
+    except Exception as error:  # a damaged header makes numpy fail in any way
+        raise ValueError(f"{name} has a header that cannot be read: {error}") from error
     if min(shape, default=0) < 0:
         raise ValueError(f"{name} has the shape {shape}")
     entry.seek(beginning.tell())
