@@ -933,6 +933,16 @@ def test_images_of_other_sizes_are_refused(model, shape) -> None:
             use(x)
 
 
+@pytest.mark.parametrize("build", [
+    lambda: AIR(AIRConfig(networks="slow"), SHAPE),
+    lambda: DiscreteAIR(DiscreteAIRConfig(networks="slow"), SHAPE),
+    lambda: DiscreteAIR(DiscreteAIRConfig(combine="divide"), SHAPE),
+])
+def test_unknown_networks_are_refused(build: Callable[[], Attend]) -> None:
+    with pytest.raises(UserError, match="networks must be fast or paper"):
+        build()
+
+
 @pytest.mark.parametrize("empty", [True, False])
 def test_scenes_without_objects(model, empty) -> None:
     model.presence_head.weight.data.zero_()

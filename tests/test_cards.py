@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from pyro_scenes import cards, checkpoint, cli, report, suite
 from pyro_scenes.config import make_config
-from pyro_scenes.data import load
+from pyro_scenes.data import load, save_npz
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.models import GenerativeModel, SceneModel
@@ -82,6 +82,30 @@ def test_figures_of_other_weights_are_not_used_again(runs: list[Path], tmp_path:
     )
     assert (first["seed"], second["seed"]) == (0, 1)
     assert first["figures"][OWN]["nll"] != second["figures"][OWN]["nll"]
+
+
+def test_figures_of_the_same_weights_are_measured_once(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"images": 3, "particles": 1, "device": "cpu"}
+    first = cards.ship("tiny", [runs[0]], folder=tmp_path / "first", **asked)
+    monkeypatch.setattr(cards, "evaluate", None)
+    assert cards.ship("tiny", [runs[0]], folder=tmp_path / "second", **asked) == first
+    with pytest.raises(TypeError):
+        cards.ship("tiny", [runs[0]], folder=tmp_path / "third", **asked | {"images": 4})
+
+
+def test_what_was_trained_on_a_file_does_not_ship(tmp_path: Path) -> None:
+    save_npz(tmp_path / "mine.npz", load("multi-dsprites", images=20))
+    config = make_config("lavae", str(tmp_path / "mine.npz"), settings=TINY, steps=1)
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    with pytest.raises(UserError, match="trained on a registered data set"):
+        cards.ship("tiny", [tmp_path / "run"], folder=tmp_path / "shipped", images=2)
+
+
+def test_a_name_without_runs_is_refused() -> None:
+    result = CliRunner().invoke(cli.ship, ["tiny"])
+    assert result.exit_code == 2 and "give a NAME and RUNS, or --readme" in result.output
 
 
 def test_runs_of_different_commands_do_not_share_a_card(runs: list[Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -489,6 +490,26 @@ def test_an_interruption_elsewhere_is_one_line(
     monkeypatch.setattr("pyro_scenes.data.make", interrupted)
     result = run("make-scenes multi-dsprites --out new.npz")
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def test_a_command_runs_beside_the_main_thread_too(folder: Path) -> None:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run("make-scenes multi-dsprites "
+                                                                "--images 2 --out two.npz")))
+    thread.start()
+    thread.join()
+    assert results[0].exit_code == 0 and len(load_npz(Path("two.npz"))) == 2
+
+
+def test_an_error_of_the_system_that_names_no_file_is_not_hidden(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise OSError("the system says no more")
+
+    monkeypatch.setattr("pyro_scenes.data.make", broken)
+    result = run("make-scenes multi-dsprites --images 2 --out two.npz")
+    assert isinstance(result.exception, OSError)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -27,7 +27,7 @@ def written(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module that a block is."""
     module = ModuleType(path.removesuffix(".py").replace("/", "."))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(BLOCKS[path], path, "exec"), vars(module))
+    exec(compile(BLOCKS[path], f"<{path}>", "exec"), vars(module))
     return module
 
 

@@ -231,6 +231,13 @@ def test_a_page_says_what_was_measured(data: SceneData) -> None:
     assert any("squared difference" in text for text in read.texts)
 
 
+def test_a_page_without_likelihoods_does_not_explain_them() -> None:
+    grey = SceneData.from_images("grey", np.full((2, 32, 32, 1), 100, np.uint8))
+    read = Parsed(page.build(made(), {"grey": grey}, particles=2))
+    assert ["grey", "2"] in [row[:2] for row in read.cells]
+    assert not any("importance samples" in text for text in read.texts)
+
+
 def test_curves_are_those_of_the_history(data: SceneData) -> None:
     with_history = Parsed(page.build(made(history=HISTORY), {"x": data[:2]}, particles=1))
     assert with_history.headings[1] == "Training"

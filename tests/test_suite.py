@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -53,6 +54,17 @@ def test_a_checkpoint_is_measured_on_all_that_it_reads_and_that_fits() -> None:
     # Three channels: not the grey set. As many crowded kinds as the canvas has room for.
     assert {cell.data for cell in found} == {"multi-dsprites"}
     assert [cell.objects for cell in found] == [(0, 3), (5, 5), (7, 7), (9, 9), (12, 12)]
+
+
+def test_crowds_end_where_they_no_longer_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(name: str, images: int, *, objects: Any = None, **options: Any) -> Any:
+        if objects and objects[1] > 7:
+            raise UserError("they do not fit")
+        return make(name, images, objects=objects, **options)
+
+    monkeypatch.setattr(suite, "make", small)
+    found = list(suite.cells(checkpoint.load("tiny"), "tiny", None))
+    assert [cell.objects for cell in found] == [(0, 3), (5, 5), (7, 7)]
 
 
 def test_cells_hold_what_evaluate_says() -> None:

@@ -457,6 +457,16 @@ def test_the_target_has_a_peak_for_each_object() -> None:
         assert near.max().item() == pytest.approx(3.0, rel=1e-3)
 
 
+def test_a_target_that_is_not_blurred_is_highest_where_the_divergence_is() -> None:
+    trained, _ = objective(warmup_height=3.0, warmup_blur=0.0)
+    kl = torch.full((1, 8, 8), 1.0)
+    kl[0, 2, 5] = 9.0
+    target = trained.location_target(kl, (32, 32))[0]
+    peaks = (target == target.max()).nonzero().float()
+    assert target.max().item() == pytest.approx(3.0, rel=1e-5)
+    assert peaks.mean(0).tolist() == [4 * 2 + 1.5, 4 * 5 + 1.5]
+
+
 def test_the_papers_target_is_the_map_itself() -> None:
     trained, _ = objective(warmup_height=0.0)
     kl = torch.rand(2, 4, 4)
