@@ -77,7 +77,7 @@ LEAST = {
     **dict.fromkeys(("classes", "code", "decoder_hidden", "hidden", "glimpse_width"), 1),
     **dict.fromkeys(("window", "glimpse"), 8),
     **dict.fromkeys(("blur", "shut"), 0.1),
-    **dict.fromkeys(("sigma", "scale_least", "angle_deviation", "more"), 1e-3),
+    **dict.fromkeys(("sigma", "scale_least", "angle_deviation", "attribute_least", "more"), 1e-3),
     **dict.fromkeys(("grid_latent", "grid_stages"), 1),
     **dict.fromkeys(("location_width", "grid_width"), 2),
     **dict.fromkeys(("temperature", "temperature_end", "logit_scale"), 1e-6),

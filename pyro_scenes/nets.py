@@ -195,7 +195,7 @@ class PaperSprite(nn.Module):
         act = nn.LeakyReLU
         cells = self.start**2
         self.linear = nn.Sequential(
-            nn.Linear(latent, 8 * cells), act(), nn.BatchNorm1d(8 * cells)
+            nn.Linear(latent, 8 * cells), act(), LoneBatchNorm1d(8 * cells)
         )
         self.convolution = ConvBlock(8, width - latent, norm="batch", activation=act)
         self.blocks = nn.Sequential(
@@ -213,6 +213,18 @@ class PaperSprite(nn.Module):
         )
         spread = z[:, :, None, None].expand(-1, -1, self.side, self.side)  # (P, L, S, S)
         return widened(self.head(self.blocks(torch.cat([large, spread], 1)))).sigmoid()
+
+
+class LoneBatchNorm1d(nn.BatchNorm1d):
+    """Batch normalisation that takes one row too, by the running statistics: it has no spread."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, K) -> (N, K)."""
+        if len(x) != 1:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
 
 
 class _PlainResidualBlock(nn.Module):

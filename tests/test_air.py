@@ -680,6 +680,26 @@ def test_the_temperature_of_discrete_air_falls() -> None:
     assert model.temperature is None and settings(model) == before
 
 
+def test_temperatures_that_float32_has_no_room_for_are_refused() -> None:
+    """At the coldest that is allowed no draw of unlikely categories has an infinite density."""
+    model = DiscreteAIR(DISCRETE, SHAPE)
+    with pytest.raises(UserError, match="temperature_end must be at least 0.4"):
+        DiscreteAIRObjective(DiscreteAIRSchedule(temperature_end=0.3), model, 100)
+    model.temperature = 0.4
+    site = model._one_hot(torch.tensor([[0.0, 1e4]]).expand(1_000_000, 2))
+    assert site.log_prob(site.sample()).isfinite().all()
+
+
+def test_categories_are_given_a_start_as_long_as_is_asked() -> None:
+    model = DiscreteAIR(DISCRETE, SHAPE)
+    schedule = DiscreteAIRSchedule(attributes_from=3, start_to=5, rescue=1.0)
+    objective = DiscreteAIRObjective(schedule, model, 100)
+    notes = spied(objective.elbo, lambda: (model.attributes_on, model.start is not None))
+    for step in (2, 4, 5):
+        objective.backward(model, torch.rand(2, *SHAPE), step)
+    assert notes == [(0.0, True), (1.0, True), (1.0, False)]
+
+
 @pytest.mark.parametrize("fast", ["discrete-air", "air"])
 def test_losses_and_gradients_are_means_over_images(fast) -> None:
     """Those of a batch a hundred times as large are the same, but for the noise."""

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_scenes import nets
 from pyro_scenes.bounds import log_weights
 from pyro_scenes.distributions import one_hot
 from pyro_scenes.errors import UserError
@@ -492,3 +493,16 @@ def test_a_probe_takes_the_next_lower_peak() -> None:
     hit = (second == 20 * 32 + 21).float()
     # The peak's odds are 1024 ** (0.35 * sharpness) to about 1,000.
     assert hit[:200].mean() > 0.95 and hit[200:].mean() < 0.1
+
+
+def test_the_papers_sprites_train_on_a_single_object() -> None:
+    """Whose batch has no spread: the running statistics normalise it, and stay as they are."""
+    torch.manual_seed(0)
+    net = nets.PaperSprite(4, 1, 9, 8)
+    net(torch.randn(50, 4))  # moves the statistics from where they start
+    z, before = torch.randn(1, 4), {k: v.clone() for k, v in net.linear.state_dict().items()}
+    inner = net.linear[:2](z)
+    expected = (inner - before["2.running_mean"]) / (before["2.running_var"] + 1e-5).sqrt()
+    assert torch.allclose(net.linear(z), expected, atol=1e-5)
+    assert net(z).isfinite().all()
+    assert all(torch.equal(v, before[k]) for k, v in net.linear.state_dict().items())

@@ -300,7 +300,7 @@ def test_a_configuration_survives_json(data) -> None:
 
 def test_steps_train_the_model_and_looks_do_not(data) -> None:
     """Batch normalisation tells: its statistics move in steps, and do not in looks."""
-    # One object an image: batch normalisation refuses a batch with a single object.
+    # One object an image: sprites' statistics move where there are two objects or more.
     trained = Run(
         configured(data, "networks=paper", "sprite_width=6", "precision=float32",
                    "one_object=9", "one_object_end=9"), "cpu",

@@ -83,6 +83,7 @@ class DiscreteAIRConfig:
     max_objects: int = 3  # T
     classes: int = 3  # K
     attributes: int = 0  # A
+    attribute_least: float = 1e-3  # standard deviation of q(z_attr), at least
     combine: str = "add"  # f_t and f_a: add or multiply
     shear: bool = False  # D = 7
     isotropic: bool = True  # one scale for both sides
@@ -323,7 +324,7 @@ class DiscreteAIR(Attend):
     def _attributes(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of z_attr, (..., A), of (..., 2 A)."""
         mean, spread = raw.chunk(2, -1)
-        return mean, F.softplus(spread - 1.0) + 1e-3
+        return mean, F.softplus(spread - 1.0) + self.config.attribute_least
 
     def _read(
         self, found: dict[str, Tensor], t: int, left: Tensor, h: Tensor, choose: Choose

@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_scenes import distributed
+from pyro_scenes.errors import UserError
 from pyro_scenes.models.air import AIR
 from pyro_scenes.models.discrete_air import DiscreteAIR
 from pyro_scenes.objectives.base import Objective, falling, surrogate, temporarily
@@ -21,6 +22,7 @@ from pyro_scenes.priors import GeometricCount
 
 BASELINE = 1e4  # by which gradients of AIR's baseline are made smaller
 HARDLY = 0.5  # of a category's fair share
+COLDEST = 0.4  # temperature: a coordinate of a colder draw may underflow, whose density is infinite
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class DiscreteAIRSchedule:
     attributes_from: int = 1500  # templates alone explain the images up to this step
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
+    start_to: int = 0  # such nats count up to this step, and up to attributes_from in any case
 
 
 DISCRETE_PRESETS = {
@@ -76,10 +79,15 @@ class Rescue(nn.Module):
 
 
 class DiscreteAIRObjective(Objective):
-    """The ELBO with relaxed z_cat and z_pres, KL by Monte Carlo (section 2.3, appendix C)."""
+    """The ELBO with relaxed z_cat and z_pres, KL by Monte Carlo (section 2.3, appendix C).
+
+    :raises UserError: for a temperature that float32 has no room for.
+    """
 
     def __init__(self, schedule: DiscreteAIRSchedule, model: DiscreteAIR, steps: int):
         super().__init__(schedule, model, steps)
+        if schedule.temperature_end < COLDEST:
+            raise UserError(f"temperature_end must be at least {COLDEST} for discrete-air")
         self.rescue = Rescue(model.classes, schedule.rescue, schedule.balance)
         self.modules["rescue"] = self.rescue
 
@@ -100,14 +108,15 @@ class DiscreteAIRObjective(Objective):
 
         # Later an attribute would turn a category that is given a start into another's kind.
         early = step < s.attributes_from
+        started = early or step < s.start_to
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
             "attributes_on": float(not early),
-            "start": self.rescue.start.clone() if early and (s.rescue or s.balance) else None,
+            "start": self.rescue.start.clone() if started and (s.rescue or s.balance) else None,
         }
         with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
             figure, loss = surrogate(self.elbo, model.model, guide, x)
-        if early:
+        if started:
             self.rescue(distributed.total(used))
         return loss, {"loss": figure, "least used": float(self.rescue.usage.min())}
 
