@@ -183,7 +183,7 @@ def _card(content: dict) -> str:
     runs, train = content["runs"], content["settings"]["train"]
     by_label = _by_label(runs)
     own = next(iter(by_label))
-    succeeded = sum(figures["count_accuracy"] >= SUCCESS for figures in by_label[own])
+    counts = [figures["count_accuracy"] for figures in by_label[own]]
     lines = [
         f"# {content['name']}",
         "",
@@ -192,10 +192,11 @@ def _card(content: dict) -> str:
         f"Trained by `{content['command']}`: {train['steps']:,} steps of"
         f" {train['batch_size']} images; {content['parameters']:,} parameters. The weights are"
         f" those of seed {runs[0]['seed']}; every seed that was run is listed.",
-        "",
-        f"{succeeded} of {len(runs)} seeds succeeded, that is, got at least {SUCCESS:.0%} of counts"
-        f" right on {own}.",
     ]
+    if None not in counts:  # a model without objects does not count
+        succeeded = sum(count >= SUCCESS for count in counts)
+        lines += ["", f"{succeeded} of {len(runs)} seeds succeeded, that is, got at least"
+                      f" {SUCCESS:.0%} of counts right on {own}."]
     used = set()
     for label, figures in by_label.items():
         columns = [c for c in COLUMNS if any(row[c[1]] is not None for row in figures)]

@@ -56,7 +56,7 @@ def likelihood(kind: str, sigma: float, floor: float) -> nn.Module:
         return NormalImage(sigma)
     if kind == "bernoulli":
         return BernoulliImage(floor)
-    raise UserError(f"likelihood must be normal or bernoulli, not {kind!r}")
+    raise UserError(f"likelihood must be normal or bernoulli, not {kind!r:.60}")
 
 
 class BernoulliPixels(TorchDistribution):

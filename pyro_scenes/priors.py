@@ -328,11 +328,11 @@ def make(name: str, text: str, size: int) -> nn.Module:
     torch.Size([8])
     """
     if name not in PRIORS:
-        raise UserError(f"no prior is called {name!r}; there are {', '.join(PRIORS)}")
+        raise UserError(f"no prior is called {name!r:.60}; there are {', '.join(PRIORS)}")
     kind, _, argument = text.partition(":")
     if kind not in PRIORS[name]:
         examples = ", ".join(known.example for known in PRIORS[name].values())
-        raise UserError(f"{name} has no prior {kind!r}; there are, for example, {examples}")
+        raise UserError(f"{name} has no prior {kind!r:.60}; there are, for example, {examples}")
     try:
         return PRIORS[name][kind].make(argument, size)
     except ValueError as error:

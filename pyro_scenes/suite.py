@@ -112,7 +112,7 @@ def run(
             )
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, figures)
-            yield f"{file}: {figures.get('error') or figures['count_accuracy']}"
+            yield f"{file}: {figures.get('error') or 'measured'}"
 
 
 def _measure(

@@ -184,6 +184,17 @@ def test_a_card_of_categories_has_their_figures(tmp_path: Path) -> None:
     assert f"| {row['category_correspondence']:.4f} |" in card
 
 
+def test_a_card_of_a_model_without_objects_has_its_likelihood(tmp_path: Path) -> None:
+    settings = ("grid_latent=2", "grid_stages=2", "grid_width=8", "batch_size=4", "eval_images=4")
+    config = make_config("conv-vae", "multi-dsprites", settings=settings, steps=2)
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    card = cards.ship("tiny", [tmp_path / "run"], folder=tmp_path, images=4, particles=2,
+                      device="cpu")
+    assert "-log p(x) <= (bernoulli)" in card and "## 0-3 objects" in card
+    assert "count" not in card and "succeeded" not in card and "7 objects" not in card
+    assert cards.table(tmp_path).splitlines()[-1].count(" - ") == 3
+
+
 @pytest.mark.parametrize("most, data, labels", [
     (math.inf, "multi-dsprites", {OWN: "multi-dsprites", CROWDED: "multi-dsprites"}),
     (7, "multi-mnist-10k", {OWN: "multi-mnist-10k", CROWDED: "multi-mnist-10k"}),

@@ -433,6 +433,15 @@ def test_a_checkpoint_of_the_wrong_types_is_refused(tmp_path: Path, change: dict
     refused(lambda: checkpoint.load(saved(tmp_path / "bad.pt", **change)))
 
 
+@pytest.mark.parametrize("model, name", [
+    ("air", "likelihood"), ("air", "networks"), ("discrete-air", "combine"),
+    ("lavae", "appearance_prior"), ("lavae", "networks"), ("conv-vae", "networks"),
+])
+def test_a_long_word_is_not_repeated_at_length(model: str, name: str) -> None:
+    config = make_config(model, "multi-mnist-1k", settings=[f"{name}={'x' * 5000}"])
+    refused(lambda: checkpoint.build(config, (1, 64, 64)))
+
+
 @pytest.mark.parametrize("name, value, said", [
     ("grid_width", 1, "at least 2"), ("grid_stages", 11, "at most 10"),
     ("grid_width", 2**16 + 1, "at most 65536"),

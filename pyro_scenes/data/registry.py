@@ -22,7 +22,7 @@ DATASETS: dict[str, DatasetSpec] = {
 def dataset(name: str) -> DatasetSpec:
     """A data set by name. Raises UserError for an unknown one."""
     if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown data set {name!r:.60}; one of {', '.join(DATASETS)}")
     return DATASETS[name]
 
 
