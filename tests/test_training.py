@@ -407,17 +407,6 @@ def test_one_object_is_forced_at_first(step, left, part) -> None:
     assert figures["objects"] == 2.0  # what the model saw, whatever was forced
 
 
-def test_a_margin_is_asked_of_counts_in_a_training_alone() -> None:
-    trained, model = objective(count_margin=0.3, one_object=0, one_object_end=0, warmup_full=0,
-                               warmup_end=0, probe=0.0)
-    heights = torch.zeros(4, 16, 16)
-    threshold = model.config.count_threshold
-    heights[:, 3, 3], heights[:, 12, 12] = threshold + 0.4, threshold + 0.2
-    model.location_net.forward = lambda x: heights
-    assert trained.backward(model, images(), 99)["objects"] == 1.0
-    assert model.encode(images()).count.tolist() == [2] * 4
-
-
 def test_a_step_leaves_the_model_as_it_is_evaluated() -> None:
     trained, model = objective(temperature=2.0, floor=0.2, floor_begin=5)
     before, seen = dict(vars(model)), []

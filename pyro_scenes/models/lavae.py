@@ -177,7 +177,6 @@ class LAVAE(SceneModel):
         self.temperature: float | None = None  # of the places' gradient; a training sets it
         self.slope: float | None = None  # limits that gradient, see place_sprites; likewise
         self.reach: int | None = None  # of that gradient round a place, pixels; likewise
-        self.margin = 0.0  # on top of f_count's threshold; likewise
         # Made at least, empty or not: where batch normalisation reads the batches of several
         # processes, the networks of objects run in all of them, or none. Likewise.
         self.slots = 0
@@ -285,8 +284,7 @@ class LAVAE(SceneModel):
             heights = self.location_net(x)  # (B, H, W)
         config = self.config
         peaks = find_peaks(heights.detach(), 0.0, config.count_window)
-        threshold = config.count_threshold + self.margin
-        count = (peaks & (heights > threshold)).sum((-2, -1))  # (B,)
+        count = (peaks & (heights > config.count_threshold)).sum((-2, -1))  # (B,)
         count = count if probed is None else count + probed
         if self.temperature is None or config.count_softness == 0 or not heights.requires_grad:
             return Encoded(heights, count, probed)
@@ -294,7 +292,7 @@ class LAVAE(SceneModel):
         candidates = heights.masked_fill(~peaks, -math.inf).flatten(1)
         highest = candidates.topk(min(config.max_objects, candidates.shape[1])).values
         lowest = highest.gather(1, (count - 1).clamp(0, highest.shape[1] - 1)[:, None]).squeeze(1)
-        soft = ((lowest - threshold) / config.count_softness).sigmoid()
+        soft = ((lowest - config.count_threshold) / config.count_softness).sigmoid()
         soft = torch.where(count > 0, soft, 0.0)
         return Encoded(heights, count + (soft - soft.detach()), probed)
 

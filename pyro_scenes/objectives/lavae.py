@@ -39,8 +39,6 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
-    # In a training f_count's threshold is so much higher: what counts there is well above it later.
-    count_margin: float = 0.0
     probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
@@ -137,7 +135,6 @@ class LAVAEObjective(Objective):
                 temperature=temperature,
                 slope=s.slope / len(x) or None,
                 reach=s.reach or None,
-                margin=s.count_margin,
                 slots=int(distributed.world() > 1),
             ),
             temporarily(model.likelihood, floor=floor),
