@@ -17,10 +17,11 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_scenes import bench, checkpoint, cli
-from pyro_scenes.bench import floors, growth, plain, pyro_air, turns
+from pyro_scenes.bench import floors, growth, plain, pyro_air, scaling, turns
 from pyro_scenes.bench.late import Told, Trainer
 from pyro_scenes.bench.turns import take_turns
 from pyro_scenes.data import SceneData, make
+from pyro_scenes.errors import UserError
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
 from pyro_scenes.objectives.base import temporarily
 from pyro_scenes.objectives.lavae import LAVAEObjective, LAVAESchedule
@@ -531,3 +532,29 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 2 and not result.stdout
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"Error: {tmp_path}/nope has no air.py")
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def test_rows_of_several_processes_are_compared_with_the_first() -> None:
+    def row(processes: int, threads: int, step: float, image: float) -> dict:
+        return {"processes": processes, "threads": threads, "step": {"median": step},
+                "exchange": {"median": 0.002}, "image": image, "gradient": 4_000_000}
+
+    result = {"machine": {"processor": "P", "cores": 2, "device": "cpu", "torch": "2"},
+              "batch": 64, "steps": 3, "rows": [row(1, 1, 0.3, 0.02), row(2, 1, 0.2, 0.01)]}
+    lines = scaling.table(result).splitlines()
+    assert "P, 2 cores, cpu, torch 2" in lines[0] and "4.0 MB" in lines[0]
+    assert lines[-2:] == ["| 1 | 1 | 300 | 1.00 | - | 20 | 1.00 |",
+                          "| 2 | 1 | 200 | 1.50 | 2.0 | 10 | 2.00 |"]
+
+
+def test_one_process_is_measured() -> None:
+    (row,) = scaling.run("cpu", steps=1, most=1)["rows"]
+    assert (row["processes"], row["threads"]) == (1, 1)
+    assert row["step"]["median"] > 0 and row["image"] > 0
+    parameters = checkpoint.load("lavae-multi-dsprites").model.parameters()
+    assert row["gradient"] == 4 * sum(p.numel() for p in parameters)
+    with pytest.raises(UserError, match="1 processes of 0 threads failed: "):
+        scaling._row(1, 0, "cpu", 1)
