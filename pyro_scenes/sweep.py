@@ -23,7 +23,7 @@ from typing import Any
 
 from pyro_scenes import cards, checkpoint, report, training
 from pyro_scenes.config import RunConfig, make_config
-from pyro_scenes.data.files import write_json
+from pyro_scenes.data.files import read_json, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 
@@ -77,7 +77,7 @@ class Cell:
     def figures(self) -> dict[str, Any] | None:
         """Its figures, if they are those that are asked for."""
         path = Path(self.out) / FIGURES
-        kept = json.loads(path.read_text()) if path.is_file() else None
+        kept = read_json(path, ("asked",)) if path.is_file() else None
         return kept if kept and kept["asked"] == self.asked() else None
 
 
@@ -136,7 +136,6 @@ def run_cell(cell: Cell) -> None:
     figures = evaluate(
         trained.model, data, particles=cell.particles, limit=math.inf, progress=False
     )
-    history = json.loads((out / "history.json").read_text())
     assert trained.training is not None
     write_json(out / FIGURES, {
         "asked": cell.asked(),
@@ -144,7 +143,7 @@ def run_cell(cell: Cell) -> None:
         "step": trained.step,
         "seconds": trained.training["seconds"],
         "machine": trained.training["machine"],
-        "reached": reached(history, trained.training["seconds"]),
+        "reached": reached(trained.training["history"], trained.training["seconds"]),
     })
 
 

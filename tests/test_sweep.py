@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -190,13 +189,9 @@ def test_an_interruption_ends_the_processes_when_they_have_saved(stand_in) -> No
 # --- the command ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "squares.npz"
-    images = np.zeros((24, 16, 16, 1), np.uint8)
-    images[::2, 4:9, 4:9] = 255
-    np.savez(path, images=images, counts=np.arange(24) % 2)
-    return str(path)
+@pytest.fixture
+def data(squares: Path) -> str:
+    return str(squares)
 
 
 def invoke(data: str, out: Path, *options: str) -> Any:

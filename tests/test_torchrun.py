@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pyro_scenes import checkpoint
@@ -22,13 +21,9 @@ TINY = ("grid_width=8", "batch_size=4", "log_every=1", "eval_images=2", "checkpo
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "squares.npz"
-    images = np.zeros((24, 16, 16, 1), np.uint8)
-    images[::2, 4:9, 4:9] = 255
-    np.savez(path, images=images, counts=np.arange(24) % 2)
-    return path
+@pytest.fixture
+def data(squares: Path) -> Path:
+    return squares
 
 
 def torchrun(command: str, *arguments: object) -> subprocess.Popen:

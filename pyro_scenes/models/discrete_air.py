@@ -410,8 +410,8 @@ class DiscreteAIR(Attend):
         return value.argmax(-1, keepdim=True).to(value) if site == "z_cat" else value
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        names = ("template.", "attribute.", "decoder.")
         parts: dict[str, list[nn.Parameter]] = {"model": [], "guide": []}
         for name, parameter in self.named_parameters():
-            parts["model" if name.startswith(names) else "guide"].append(parameter)
+            drawn = name.split(".")[0] in self.decoders
+            parts["model" if drawn else "guide"].append(parameter)
         return parts
