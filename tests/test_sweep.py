@@ -76,6 +76,16 @@ def finished(cell: sweep.Cell, nll: float, met: dict[str, Any]) -> None:
     }))
 
 
+def test_figures_that_are_damaged_are_refused(tmp_path: Path) -> None:
+    (cell,) = sweep.cells([], (0,), tmp_path, **COMMON)
+    finished(cell, 1.0, {})
+    assert cell.figures() is not None
+    for text in ('{"asked": ', "[1]", "{}"):
+        (Path(cell.out) / sweep.FIGURES).write_text(text)
+        with pytest.raises(UserError, match="figures.json is not what it should be"):
+            cell.figures()
+
+
 def test_the_table_has_means_spreads_medians_and_failures(tmp_path) -> None:
     found = sweep.cells(["ramp=1,2"], (0, 1, 2), tmp_path, **COMMON)
     for cell, nll, steps in zip(found, (1.0, 2.0, 6.0), (100, 200, 400), strict=False):
