@@ -13,12 +13,16 @@ from torch import Tensor
 from pyro_scenes import distributed
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
+from pyro_scenes.objectives import dreams
 from pyro_scenes.objectives.base import Objective, falling, linear, surrogate, temporarily
 
 
 @dataclass(frozen=True)
 class LAVAESchedule:
-    """Annealing and warm-up of LAVAE's training; defaults are the fast preset's. In steps."""
+    """Annealing and warm-up of LAVAE's training, in steps.
+
+    Defaults are the fast preset's, but for its dreams.
+    """
 
     learning_rate: float = 5e-3  # appearance network and sprite decoder
     location_learning_rate: float = 1e-3
@@ -39,6 +43,8 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
+    dream_every: int = 0  # the location map learns from dreams in one of so many steps; 0 for none
+    dream_from: int = 1500  # and from dreams alone, from this step on
     probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
@@ -74,7 +80,7 @@ PAPER = LAVAESchedule(
     warmup_height=0.0,
     warmup_blur=0.0,
 )
-PRESETS = {"fast": LAVAESchedule(), "paper": PAPER}
+PRESETS = {"fast": LAVAESchedule(dream_every=4), "paper": PAPER}
 
 
 class LAVAEObjective(Objective):
@@ -108,8 +114,11 @@ class LAVAEObjective(Objective):
                 )
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
-        probe = s.probe * (1 - linear(step, 0, self.steps))
+        dreaming = s.dream_every > 0 and step >= s.dream_from
         located = step < s.location_settled or step % s.location_every == 0
+        located = located and not dreaming
+        # A probe is drawn for the location map's sake.
+        probe = 0.0 if dreaming else s.probe * (1 - linear(step, 0, self.steps))
         penalty = torch.zeros(())
         inferred = 0.0
 
@@ -143,6 +152,10 @@ class LAVAEObjective(Objective):
             figure, loss = surrogate(self.elbo, model.model, guide, x)
         left = float(penalty.detach()) / len(x)
         loss = loss if auxiliary is None else loss + auxiliary
+        if dreaming and step % s.dream_every == 0:
+            dreamt = dreams.dream(model, x)
+            if dreamt is not None:
+                loss = loss + dreams.surprise(model, *dreamt).mean()
         return loss, {"loss": figure - left, "warmup": left, "objects": inferred}
 
     def location_target(self, kl: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,132 @@
+"""LAVAE's dreams: scenes whose truth is known by construction, and what a guide pays for them."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_lavae import CONFIG, Seen, lavae, peaks
+from torch import Tensor, nn
+
+from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
+from pyro_scenes.objectives.dreams import NEIGHBOURHOOD, dream, surprise
+from pyro_scenes.objectives.lavae import LAVAEObjective, LAVAESchedule
+from pyro_scenes.spatial import find_peaks
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Squares(nn.Module):
+    """A sprite decoder of full squares of 3 x 3 pixels, in the first channel alone."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        sprites = torch.zeros(len(z), 3, 5, 5)
+        sprites[:, 0, 1:4, 1:4] = 1.0
+        return sprites
+
+
+def dreamer(batch: int, size: tuple[int, int] = (24, 28), **changes) -> tuple[LAVAE, Tensor]:
+    """A model of squares, and images in each of which it finds one."""
+    model = lavae(replace(CONFIG, max_objects=8, **changes), shape=(3, *size))
+    model.sprite_net = Squares()
+    model.location_net = peaks([[(4, 4, 3.0)]] * batch, size)
+    return model, torch.zeros(batch, 3, *size)
+
+
+def test_a_dream_is_its_sprites_at_its_places() -> None:
+    model, x = dreamer(200)
+    dreamt = dream(model, x)
+    assert dreamt is not None
+    images, places = dreamt
+    assert images.shape == x.shape and places.shape == (200, 8)
+    for image, row in zip(images, places.tolist(), strict=True):
+        expected = np.zeros((3, 24, 28))
+        for r, c in (divmod(place, 28) for place in row if place >= 0):
+            assert 1 <= r < 23 and 1 <= c < 27  # whole on the canvas
+            assert not expected[0, r - 1:r + 2, c - 1:c + 2].any()  # and on no other
+            expected[0, r - 1:r + 2, c - 1:c + 2] = 1
+        assert np.array_equal(image, expected)
+
+
+def test_dreams_have_all_counts_and_pairs_that_touch() -> None:
+    model, x = dreamer(500)
+    _, places = dream(model, x)
+    counts = (places >= 0).sum(1)
+    assert set(counts.tolist()) == set(range(9))
+    pairs = 0
+    for row in places.tolist():
+        found = [divmod(place, 28) for place in row if place >= 0]
+        pairs += any(
+            max(abs(r - s), abs(c - d)) == 3 for r, c in found for s, d in found
+        )
+    # Of 8 objects at random, 28 pairs of 1 / 24 each would touch at most.
+    assert pairs > 0.5 * (counts > 1).sum()
+
+
+def test_no_place_is_in_the_window_that_another_shuts() -> None:
+    model, x = dreamer(200, blocked_window=11)
+    _, places = dream(model, x)
+    for row in places.tolist():
+        found = [divmod(place, 28) for place in row if place >= 0]
+        for i, (r, c) in enumerate(found):
+            assert all(max(abs(r - s), abs(c - d)) > 5 for s, d in found[:i])
+
+
+def test_nothing_is_dreamt_of_where_nothing_is_found() -> None:
+    model, x = dreamer(4)
+    model.location_net = Seen(torch.zeros(4, 24, 28))
+    assert dream(model, x) is None
+
+
+def test_the_surprise_by_hand() -> None:
+    """One object counted, one missed, and a peak too many; softmax over the neighbours of each."""
+    config = LAVAEConfig(count_threshold=0.5, count_softness=0.3, count_window=9, sprite=5, crop=7)
+    model = LAVAE(config, (1, 32, 32))
+    found = [(6, 6, 3.0), (6, 7, 1.0), (20, 20, 0.4), (10, 26, 0.6)]
+    model.location_net = peaks([found, []], (32, 32))
+    places = torch.full((2, 10), -1)
+    places[0, 3], places[0, 7] = 6 * 32 + 6, 20 * 32 + 21  # the second's peak is a pixel beside it
+    x = torch.zeros(2, 1, 32, 32)
+    gamma, soft = math.log(32 * 32), 0.3
+
+    def missed(height: float) -> float:
+        return math.log1p(math.exp(-(height - 0.5) / soft))
+
+    def counted(height: float) -> float:
+        return math.log1p(math.exp((height - 0.5) / soft))
+
+    background = NEIGHBOURHOOD**2 - 2
+    first = math.log(math.exp(3 * gamma) + math.exp(gamma) + background) - 3 * gamma
+    second = math.log(1 + math.exp(0.4 * gamma) + background)
+    heights = model.location_net(x)
+    flat = find_peaks(heights, 0.0, 9)  # pixels of the flat background are no peaks, being 0
+    assert flat[0].sum() == 3 and flat[1].sum() == 0
+    expected = missed(3.0) + first + missed(0.0) + second + counted(0.6)
+    assert surprise(model, x, places).tolist() == pytest.approx([expected, 0.0], rel=1e-4)
+
+
+def objective(**changes) -> tuple[LAVAEObjective, LAVAE, Tensor]:
+    """Of a model that sees objects where it is told to, and images of noise."""
+    model = lavae(replace(CONFIG, max_objects=3, count_threshold=1.0), shape=(3, 24, 28))
+    schedule = LAVAESchedule(warmup_full=0, warmup_end=0, dream_every=3, dream_from=10, **changes)
+    model.sprite_net = Squares()
+    return LAVAEObjective(schedule, model, 100), model, (torch.rand(8, 3, 24, 28) < 0.1).float()
+
+
+def test_dreams_alone_teach_the_location_network_from_their_step_on() -> None:
+    learning, model, x = objective()
+    taught = {}
+    for step in (9, 10, 11, 12):
+        model.zero_grad()
+        model.location_net.head.bias.data.fill_(0.0)
+        learning.backward(model, x, step)
+        parts = ("location_net", "appearance_net")
+        taught[step] = [
+            any(p.grad is not None and p.grad.any() for p in getattr(model, part).parameters())
+            for part in parts
+        ]
+    assert taught == {9: [True, True], 10: [False, True], 11: [False, True], 12: [True, True]}
