@@ -23,9 +23,13 @@ def seeded() -> None:
 class Squares(nn.Module):
     """A sprite decoder of full squares of 3 x 3 pixels, in the first channel alone."""
 
+    def __init__(self, mean: float = 1.0):
+        super().__init__()
+        self.mean = mean
+
     def forward(self, z: Tensor) -> Tensor:
         sprites = torch.zeros(len(z), 3, 5, 5)
-        sprites[:, 0, 1:4, 1:4] = 1.0
+        sprites[:, 0, 1:4, 1:4] = self.mean
         return sprites
 
 
@@ -74,6 +78,17 @@ def test_no_place_is_in_the_window_that_another_shuts() -> None:
         found = [divmod(place, 28) for place in row if place >= 0]
         for i, (r, c) in enumerate(found):
             assert all(max(abs(r - s), abs(c - d)) > 5 for s, d in found[:i])
+
+
+def test_dreams_are_as_binary_as_the_images() -> None:
+    model, x = dreamer(100, blocked_window=7)  # so far apart that none shares a pixel
+    model.sprite_net = Squares(0.7)
+    drawn, places = dream(model, x)
+    assert ((drawn == 0) | (drawn == 1)).all()
+    assert drawn.sum() == pytest.approx(0.7 * 9 * int((places >= 0).sum()), rel=0.1)
+    means, places = dream(model, x + 0.5)
+    assert means.unique().tolist() == pytest.approx([0.0, 0.7])
+    assert means.sum() == pytest.approx(0.7 * 9 * int((places >= 0).sum()), rel=1e-4)
 
 
 def test_nothing_is_dreamt_of_where_nothing_is_found() -> None:

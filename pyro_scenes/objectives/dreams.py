@@ -36,8 +36,8 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """As many scenes as there are images, with objects that were found in some of them.
 
     :param x: (B, C, H, W) in [0, 1].
-    :return: binary images (B, C, H, W), and the places (B, M) of their objects, -1 for none; None
-        where no object was found.
+    :return: images (B, C, H, W), drawn where those given are binary and means where they are not,
+        and the places (B, M) of their objects, -1 for none; None where no object was found.
     """
     batch, _, height, width = x.shape
     scene = model.infer(x[: -(-batch // SOURCES)], limit=math.inf)
@@ -72,7 +72,9 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor] | None:
         canvas = canvas + one * taken[:, None, None, None]
         slot = count.clamp(max=most - 1)
         places[rows, slot] = torch.where(taken, place, places[rows, slot])
-    return torch.bernoulli(canvas.clamp(0, 1)), places
+    mean = canvas.clamp(0, 1)
+    binary = bool(((x == 0) | (x == 1)).all())
+    return (torch.bernoulli(mean) if binary else mean), places
 
 
 def _candidates(
