@@ -33,6 +33,15 @@ class Squares(nn.Module):
         return sprites
 
 
+class Corner(nn.Module):
+    """Of a bar of 3 pixels in the last column, from the first row on, in the second channel."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        sprites = torch.zeros(len(z), 3, 5, 5)
+        sprites[:, 1, :3, 4] = 1.0
+        return sprites
+
+
 def dreamer(batch: int, size: tuple[int, int] = (24, 28), **changes) -> tuple[LAVAE, Tensor]:
     """A model of squares, and images in each of which it finds one."""
     model = lavae(replace(CONFIG, max_objects=8, **changes), shape=(3, *size))
@@ -54,6 +63,18 @@ def test_a_dream_is_its_sprites_at_its_places() -> None:
             assert not expected[0, r - 1:r + 2, c - 1:c + 2].any()  # and on no other
             expected[0, r - 1:r + 2, c - 1:c + 2] = 1
         assert np.array_equal(image, expected)
+
+
+def test_a_place_is_the_middle_of_the_ink() -> None:
+    """Wherever in its window the sprite lies."""
+    model, x = dreamer(200)
+    model.sprite_net = Corner()
+    images, places = dream(model, x)
+    expected = np.zeros(images.shape)
+    for image, row in zip(expected, places.tolist(), strict=True):
+        for r, c in (divmod(place, 28) for place in row if place >= 0):
+            image[1, r - 1:r + 2, c] = 1
+    assert np.array_equal(images, expected) and expected.sum() > 1000
 
 
 def test_dreams_have_all_counts_and_pairs_that_touch() -> None:

@@ -7,7 +7,9 @@ through an image. It minimises KL(p || q) where the ELBO minimises KL(q || p).
 The prior of dreams is not that of the scenes: n is uniform on 0..M, sprites are of objects found
 in the batch, and half of the objects are sought near another. In scenes of few objects such pairs
 are rare, and where one of a pair has no peak, nothing in the bound tells which pixel misses it.
-Objects that would hide each other, or hang over the edge, are left out.
+Objects that would hide each other, or hang over the edge, are left out. A place is taught as the
+middle of the ink, not as what the sprite was placed by: nothing in a dream says where in its window
+a sprite should lie, so places would come to lie ever farther about, and be known ever less.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pyro_scenes.spatial import crops, find_peaks, place_sprites
 SOURCES = 4  # One of so many images of a batch lends its objects.
 TRIES = 2  # places, for each object wanted
 NEAR = 0.5  # How often a place is sought near another object.
+LEAST = 2.0  # Ink of an object, at least, pixels.
 SEEN = 0.98  # The part of an object's ink that must lie on the canvas.
 HIDDEN = 1.0  # Two objects share less ink than this, pixels.
 NEIGHBOURHOOD = 9  # Side of the window in which a place is told from others, pixels.
@@ -39,56 +42,65 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor] | None:
     :return: images (B, C, H, W), drawn where those given are binary and means where they are not,
         and the places (B, M) of their objects, -1 for none; None where no object was found.
     """
-    batch, _, height, width = x.shape
-    scene = model.infer(x[: -(-batch // SOURCES)], limit=math.inf)
-    if not scene.present.any():
-        return None
+    scene = model.infer(x[: -(-len(x) // SOURCES)], limit=math.inf)
     sprites = model.sprites(scene)[scene.present]  # (P, C, S, S)
-    ink = sprites.amax(1).sum((-2, -1))  # (P,)
-    config, device = model.config, x.device
+    sprites = sprites[sprites.amax(1).sum((-2, -1)) > LEAST]
+    if not len(sprites):
+        return None
+    ink, middle = sprites.amax(1).sum((-2, -1)), _middle(sprites)  # (P,), (P, 2)
+    config, device, batch, size = model.config, x.device, len(x), x.shape[-2:]
     apart = max(config.count_window, config.blocked_window) // 2
-    most = config.max_objects
+    last = torch.tensor(size, device=device) - 1
     canvas, rows = torch.zeros_like(x), torch.arange(batch, device=device)
-    places = torch.full((batch, most), -1, device=device)
-    n = torch.randint(most + 1, (batch,), device=device)
+    places = torch.full((batch, config.max_objects, 2), -1, device=device)  # row and column
+    n = torch.randint(config.max_objects + 1, (batch,), device=device)
     for _ in range(TRIES * int(n.max())):
-        count = (places >= 0).sum(1)  # (B,), and as many slots are full
+        filled = places[..., 0] >= 0  # (B, M), the first slots
+        count = filled.sum(1)
         if (count == n).all():
             break
-        row, column = _candidates(places, count, (height, width), 2 * config.sprite // 3)
+        place = _candidates(places, count, last, 2 * config.sprite // 3)  # (B, 2)
         which = torch.randint(len(sprites), (batch,), device=device)
-        place = row * width + column
-        one = place_sprites(
-            sprites[which], one_hot(place, height * width), rows, (batch, height, width)
-        )
+        centre = place - middle[which]
+        inside = ((centre >= 0) & (centre <= last)).all(1)
+        centre = torch.minimum(centre.clamp(min=0), last)
+        z_loc = one_hot(centre[:, 0] * size[1] + centre[:, 1], size.numel())
+        one = place_sprites(sprites[which], z_loc, rows, (batch, *size))
         shown = one.amax(1)  # (B, H, W)
-        shared = torch.minimum(shown, canvas.amax(1)).sum((-2, -1))
-        distance = torch.maximum(
-            (row[:, None] - places // width).abs(), (column[:, None] - places % width).abs()
-        )
-        free = ((distance > apart) | (places < 0)).all(1)
         whole = shown.sum((-2, -1)) > SEEN * ink[which]
-        taken = (count < n) & free & whole & (shared < HIDDEN)
+        shared = torch.minimum(shown, canvas.amax(1)).sum((-2, -1))
+        free = ((place[:, None] - places).abs().amax(-1) > apart) | ~filled
+        taken = (count < n) & inside & whole & (shared < HIDDEN) & free.all(1)
         canvas = canvas + one * taken[:, None, None, None]
-        slot = count.clamp(max=most - 1)
-        places[rows, slot] = torch.where(taken, place, places[rows, slot])
+        slot = count.clamp(max=config.max_objects - 1)
+        places[rows, slot] = torch.where(taken[:, None], place, places[rows, slot])
     mean = canvas.clamp(0, 1)
     binary = bool(((x == 0) | (x == 1)).all())
-    return (torch.bernoulli(mean) if binary else mean), places
+    index = torch.where(places[..., 0] >= 0, places[..., 0] * size[1] + places[..., 1], -1)
+    return (torch.bernoulli(mean) if binary else mean), index
 
 
-def _candidates(
-    places: Tensor, count: Tensor, size: tuple[int, int], reach: int
-) -> tuple[Tensor, Tensor]:
-    """A row and a column (B,) for each image: anywhere, or within reach of an object's place."""
+def _middle(sprites: Tensor) -> Tensor:
+    """Row and column of the mean of each one's ink, less those of its centre, (P, 2) long."""
+    ink, side = sprites.amax(1), sprites.shape[-1]
+    offsets = torch.arange(side, device=ink.device, dtype=ink.dtype) - side // 2
+    moments = torch.stack([(ink.sum(axis) * offsets).sum(-1) for axis in (-1, -2)], -1)
+    return (moments / ink.sum((-2, -1))[:, None]).round().long()
+
+
+def _candidates(places: Tensor, count: Tensor, last: Tensor, reach: int) -> Tensor:
+    """A row and a column for each image, (B, 2): anywhere, or within reach of an object's place.
+
+    :param places: (B, M, 2), the first ``count`` of each filled. :param last: row and column.
+    """
     batch, device = len(places), places.device
-    row, column = (torch.randint(side, (batch,), device=device) for side in size)
+    anywhere = (torch.rand(batch, 2, device=device) * (last + 1)).long()
     slot = (torch.rand(batch, device=device) * count).long()
     other = places[torch.arange(batch, device=device), slot]
-    step = torch.randint(-reach, reach + 1, (2, batch), device=device)
-    near = (other >= 0) & (torch.rand(batch, device=device) < NEAR)
-    row = torch.where(near, (other // size[1] + step[0]).clamp(0, size[0] - 1), row)
-    return row, torch.where(near, (other % size[1] + step[1]).clamp(0, size[1] - 1), column)
+    step = torch.randint(-reach, reach + 1, (batch, 2), device=device)
+    near = (count > 0) & (torch.rand(batch, device=device) < NEAR)
+    nearby = torch.minimum((other + step).clamp(min=0), last)
+    return torch.where(near[:, None], nearby, anywhere)
 
 
 def surprise(model: LAVAE, x: Tensor, places: Tensor) -> Tensor:
