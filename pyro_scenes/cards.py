@@ -14,6 +14,7 @@ import torch
 
 from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.checkpoint import Checkpoint
+from pyro_scenes.config import RunConfig
 from pyro_scenes.data import DATASETS
 from pyro_scenes.data.files import atomic_write, read_json, write_json
 from pyro_scenes.errors import UserError
@@ -71,7 +72,6 @@ def ship(
     config = loaded[0].config
     content = {
         "name": name,
-        "command": config.command("SEED"),
         "settings": config.to_dict(),
         "parameters": sum(p.numel() for p in loaded[0].model.parameters()),
         "runs": entries,
@@ -86,6 +86,17 @@ def ship(
     return card
 
 
+def rewrite(folder: Path = checkpoint.SHIPPED) -> None:
+    """Write the cards anew from their figures."""
+    for path in sorted(folder.glob("*.json")):
+        with atomic_write(path.with_suffix(".md")) as file:
+            file.write(_card(_content(path)).encode())
+
+
+def _content(path: Path) -> dict:
+    return read_json(path, ("name", "settings", "parameters", "runs"))
+
+
 def table(folder: Path = checkpoint.SHIPPED) -> str:
     """A Markdown table of what has shipped, a row a checkpoint: means over its seeds."""
     headings = (
@@ -94,7 +105,7 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
     )
     rows = []
     for path in sorted(folder.glob("*.json")):
-        content = read_json(path, ("name", "runs"))
+        content = _content(path)
         runs = content["runs"]
         by_label = _by_label(runs)
         figures = next(iter(by_label.values()))
@@ -180,7 +191,7 @@ def _measure(
 
 
 def _card(content: dict) -> str:
-    runs, train = content["runs"], content["settings"]["train"]
+    runs, config = content["runs"], RunConfig.from_dict(content["settings"])
     by_label = _by_label(runs)
     own = next(iter(by_label))
     counts = [figures["count_accuracy"] for figures in by_label[own]]
@@ -189,8 +200,8 @@ def _card(content: dict) -> str:
         "",
         f"![Inferred test scenes]({content['name']}.png)",
         "",
-        f"Trained by `{content['command']}`: {train['steps']:,} steps of"
-        f" {train['batch_size']} images; {content['parameters']:,} parameters. The weights are"
+        f"Trained by `{config.command('SEED')}`: {config.train.steps:,} steps of"
+        f" {config.train.batch_size} images; {content['parameters']:,} parameters. The weights are"
         f" those of seed {runs[0]['seed']}; every seed that was run is listed.",
     ]
     if None not in counts:  # a model without objects does not count

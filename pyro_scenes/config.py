@@ -138,7 +138,8 @@ class RunConfig:
                 for name, value in given.items():
                     if not _suits(value, kinds[name]):
                         raise TypeError(f"{name} is {value!r:.60}")
-                config = replace(config, **{part: replace(now, **given)})
+                # What an older version did not know is at its default, whatever the preset says now.
+                config = replace(config, **{part: now.__class__(**given)})
         except (KeyError, TypeError, AttributeError) as error:
             said = reason(error)
             raise UserError(f"the configuration is not of this version ({said})") from error

@@ -57,7 +57,8 @@ def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path
     limit = f"the entropy of the data, {entropy['total']:.2f} +- {entropy['stderr']:.2f} nats"
     assert card.count(limit) == 1 and limit in card.split("## 7 objects")[0]
     assert (tmp_path / "tiny.md").read_text() == card
-    _, _, settings = content["command"].partition(" --preset fast ")
+    command = card.partition("Trained by `")[2].partition("`")[0]
+    _, _, settings = command.partition(" --preset fast ")
     assert sorted(settings.removesuffix(" --seed SEED").split(" --set ")) == sorted(
         ["--set steps=2", *TINY]
     )
@@ -127,10 +128,12 @@ def test_the_table_goes_between_its_marks(monkeypatch, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     marks = "<!-- svi-ship --readme -->\n{}\n<!-- end of svi-ship -->"
     monkeypatch.setattr(cards, "table", lambda: "new")
+    rewritten: list[bool] = []
+    monkeypatch.setattr(cards, "rewrite", lambda: rewritten.append(True))
     for old in (marks.format("old"), marks.format("").replace("\n\n", "\n")):
         page.write_text(f"before\n{old}\nafter\n")
         result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
-        assert result.exit_code == 0
+        assert result.exit_code == 0 and rewritten.pop()
         assert page.read_text() == f"before\n{marks.format('new')}\nafter\n"
     page.write_text("no marks")
     result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
@@ -230,6 +233,13 @@ def test_new_digits_are_measured_and_drawn_apart(tmp_path: Path, mnist_folder: P
     assert "## new digits" in card and f"| {new['nll']:.2f} |" in card
     assert "training, minutes" in card.split("## new digits")[0]
     assert "training, minutes" not in card.split("## new digits")[1]
+
+
+def test_cards_are_written_anew_from_their_figures(runs: list[Path], tmp_path: Path) -> None:
+    card = cards.ship("tiny", runs, folder=tmp_path, images=2, particles=0, device="cpu")
+    (tmp_path / "tiny.md").write_text("old")
+    cards.rewrite(tmp_path)
+    assert (tmp_path / "tiny.md").read_text() == card
 
 
 def test_shipped_cards_and_the_readme_say_what_the_figures_say() -> None:

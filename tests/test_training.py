@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,17 @@ def test_bad_settings_are_refused(data, tmp_path, setting, message) -> None:
 def test_a_configuration_survives_json(data) -> None:
     for config in (configured(data), make_config("lavae", data, "paper", ["sprite_hidden=1,2,3"])):
         assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_what_an_older_configuration_lacks_is_at_its_default(data) -> None:
+    """Not as the preset has it now: the training did without."""
+    config = configured(data)
+    assert config.schedule.dream_every > 0
+    values = config.to_dict()
+    del values["schedule"]["dream_every"]
+    old = RunConfig.from_dict(values)
+    assert old.schedule.dream_every == 0 and "--set dream_every=0" in old.command(0)
+    assert replace(old.schedule, dream_every=config.schedule.dream_every) == config.schedule
 
 
 def test_steps_train_the_model_and_looks_do_not(data) -> None:

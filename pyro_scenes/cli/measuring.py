@@ -214,7 +214,7 @@ def bench(quick: bool, out: Path | None, readme: Path | None, figure: Path | Non
 @nll_option
 @click.option("--out", type=FILE, metavar="DIR", help="Default: inside the package.")
 @click.option("--readme", type=FILE, metavar="FILE",
-              help="Put a table of all that has shipped into a page.")
+              help="Put a table of all that has shipped into a page, and write the cards anew.")
 @mnist_option
 @device_option
 @version_option
@@ -231,4 +231,5 @@ def ship(name: str | None, runs: tuple[Path, ...], images: int, particles: int,
         click.echo(cards.ship(name, list(runs), images=images, particles=particles,
                               nll_images=nll_images, mnist=mnist, device=device, **folder))
     if readme:
+        cards.rewrite()
         report.insert(readme, "svi-ship", cards.table())
