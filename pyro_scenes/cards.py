@@ -252,7 +252,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def spread(figures: list[dict], key: str, digits: int) -> str:
     """Mean +- standard deviation over seeds."""
-    values = [figure[key] for figure in figures if figure[key] is not None]
+    values = [figure[key] for figure in figures if figure.get(key) is not None]
     if not values:
         return "-"
     mean = _number(statistics.mean(values), digits)

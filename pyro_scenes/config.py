@@ -138,7 +138,7 @@ class RunConfig:
                 for name, value in given.items():
                     if not _suits(value, kinds[name]):
                         raise TypeError(f"{name} is {value!r:.60}")
-                # What an older version did not know is at its default, whatever the preset says now.
+                # What an older version did not know is at its default, not as the preset has it.
                 config = replace(config, **{part: now.__class__(**given)})
         except (KeyError, TypeError, AttributeError) as error:
             said = reason(error)

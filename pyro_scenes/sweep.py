@@ -154,7 +154,7 @@ def reached(history: dict[str, Any], seconds: float) -> dict[str, dict[str, floa
     for level in LEVELS:
         first = next((s for s, v in zip(steps, values, strict=True) if v >= level), None)
         if first is not None:
-            last = history["loss"][0][-1]
+            last = max(numbers[-1] for numbers, _ in history.values())
             found[f"{level:.1%}"] = {"steps": first, "seconds": seconds * first / last}
     return found
 
@@ -317,9 +317,8 @@ def table(result: dict[str, Any]) -> str:
     rows = []
     for entry in result["settings"]:
         row = [entry["setting"], f"{entry['done']} of {len(entry['seeds'])}"]
-        for _, key, digits in COLUMNS:
-            figure = entry["figures"].get(key)
-            row.append("-" if figure is None else _written(figure, digits))
+        figures = [done["figures"] for done in entry["seeds"] if "figures" in done]
+        row += [cards.spread(figures, key, digits) for _, key, digits in COLUMNS]
         for level in LEVELS:
             met = entry["reached"].get(f"{level:.1%}")
             few = f" ({met['seeds']} seeds)" if met and met["seeds"] < entry["done"] else ""
@@ -337,9 +336,3 @@ def table(result: dict[str, Any]) -> str:
                 lines.append(f"failed: {entry['setting']}, seed {row['seed']}: {row['error']}"
                              f" ({row['out']})")
     return "\n".join(lines)
-
-
-def _written(figure: dict[str, float | None], digits: int) -> str:
-    deviation = figure["deviation"]
-    spread = "" if deviation is None else f" +- {deviation:.{digits}f}"
-    return f"{figure['mean']:.{digits}f}{spread}"

@@ -149,6 +149,7 @@ class Run:
         """Go on to the last step."""
         settings = self.config.train
         started = time.perf_counter() - self.seconds
+        shown: dict[str, float] = {}
         figures: dict[str, float] = {}
         with (
             _signals(patient=distributed.world() > 1) as stop,
@@ -171,11 +172,11 @@ class Run:
                 last = self.step == settings.steps
                 if self.step % settings.log_every == 0 or last:
                     self._record(logged)
-                    figures |= {"loss": logged["loss"]}
+                    shown = dict([next(iter(logged.items()))])  # the loss, whatever its name
                 if self.step % settings.eval_every == 0 or last:
                     figures |= self.look()
                 if self.step % settings.log_every == 0 or last:
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in (shown | figures).items()})
                 if self.step % settings.checkpoint_every == 0 or last or stopping:
                     self.save(out)
             if distributed.agreed(bool(stop)):
@@ -196,7 +197,7 @@ class Run:
             figures = self._backward(x)
         largest = self.config.train.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        for name, value in (("loss", figures["loss"]), ("gradient", float(norm))):
+        for name, value in (*figures.items(), ("gradient", float(norm))):
             if not math.isfinite(value):
                 raise UserError(
                     f"the {name} is not finite at step {self.step + 1},"

@@ -85,7 +85,7 @@ class Trainer(Late):
         # No image is forced to one object, as the paper does at random: a step costs what it shows.
         # All networks learn from the bound, which is what a step by hand is compared in.
         schedule = replace(
-            config.schedule, one_object_left=0.0, location_every=1, dream_every=0
+            config.schedule, one_object_left=0.0, location_every=1, dreams=0
         )
         torch.manual_seed(config.seed)
         self.bfloat16, self.by_hand = bfloat16, by_hand

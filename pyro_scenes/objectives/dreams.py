@@ -1,4 +1,4 @@
-"""The sleep phase of LAVAE's location network: scenes dreamt by the model, whose places are known.
+"""The sleep phase of LAVAE's training: scenes dreamt by the model, whose places are known.
 
 Wake-sleep (Hinton, Dayan, Frey and Neal, 1995) teaches a guide with scenes that the model draws:
 their latents are known, so that q(n, z_loc | x) has exact targets, and no gradient has to pass
@@ -7,9 +7,10 @@ through an image. It minimises KL(p || q) where the ELBO minimises KL(q || p).
 The prior of dreams is not that of the scenes: n is uniform on 0..M, sprites are of objects found
 in the batch, and half of the objects are sought near another. In scenes of few objects such pairs
 are rare, and where one of a pair has no peak, nothing in the bound tells which pixel misses it.
-Objects that would hide each other, or hang over the edge, are left out. A place is taught as the
-middle of the ink, not as what the sprite was placed by: nothing in a dream says where in its window
-a sprite should lie, so places would come to lie ever farther about, and be known ever less.
+Objects that would hide each other, or hang over the edge, are left out.
+
+Sprites must stay as they are meanwhile. Nothing in a dream says where in its window a sprite should
+lie: where both learnt from each other, places came to lie ever farther about.
 """
 
 from __future__ import annotations
@@ -35,42 +36,35 @@ ITSELF = 5  # Side of the window round an object in which no peak is another's, 
 
 
 @torch.no_grad()
-def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """As many scenes as there are images, with objects that were found in some of them.
 
     :param x: (B, C, H, W) in [0, 1].
     :return: images (B, C, H, W), drawn where those given are binary and means where they are not,
-        and the places (B, M) of their objects, -1 for none; None where no object was found.
+        and the places (B, M) of their objects, -1 for none.
     """
     scene = model.infer(x[: -(-len(x) // SOURCES)], limit=math.inf)
     sprites = model.sprites(scene)[scene.present]  # (P, C, S, S)
     sprites = sprites[sprites.amax(1).sum((-2, -1)) > LEAST]
-    if not len(sprites):
-        return None
-    ink, middle = sprites.amax(1).sum((-2, -1)), _middle(sprites)  # (P,), (P, 2)
+    ink = sprites.amax(1).sum((-2, -1))  # (P,)
     config, device, batch, size = model.config, x.device, len(x), x.shape[-2:]
     apart = max(config.count_window, config.blocked_window) // 2
     last = torch.tensor(size, device=device) - 1
     canvas, rows = torch.zeros_like(x), torch.arange(batch, device=device)
     places = torch.full((batch, config.max_objects, 2), -1, device=device)  # row and column
     n = torch.randint(config.max_objects + 1, (batch,), device=device)
-    for _ in range(TRIES * int(n.max())):
+    for _ in range(TRIES * config.max_objects if len(sprites) else 0):
         filled = places[..., 0] >= 0  # (B, M), the first slots
         count = filled.sum(1)
-        if (count == n).all():
-            break
         place = _candidates(places, count, last, 2 * config.sprite // 3)  # (B, 2)
         which = torch.randint(len(sprites), (batch,), device=device)
-        centre = place - middle[which]
-        inside = ((centre >= 0) & (centre <= last)).all(1)
-        centre = torch.minimum(centre.clamp(min=0), last)
-        z_loc = one_hot(centre[:, 0] * size[1] + centre[:, 1], size.numel())
+        z_loc = one_hot(place[:, 0] * size[1] + place[:, 1], size.numel())
         one = place_sprites(sprites[which], z_loc, rows, (batch, *size))
         shown = one.amax(1)  # (B, H, W)
         whole = shown.sum((-2, -1)) > SEEN * ink[which]
         shared = torch.minimum(shown, canvas.amax(1)).sum((-2, -1))
         free = ((place[:, None] - places).abs().amax(-1) > apart) | ~filled
-        taken = (count < n) & inside & whole & (shared < HIDDEN) & free.all(1)
+        taken = (count < n) & whole & (shared < HIDDEN) & free.all(1)
         canvas = canvas + one * taken[:, None, None, None]
         slot = count.clamp(max=config.max_objects - 1)
         places[rows, slot] = torch.where(taken[:, None], place, places[rows, slot])
@@ -78,14 +72,6 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor] | None:
     binary = bool(((x == 0) | (x == 1)).all())
     index = torch.where(places[..., 0] >= 0, places[..., 0] * size[1] + places[..., 1], -1)
     return (torch.bernoulli(mean) if binary else mean), index
-
-
-def _middle(sprites: Tensor) -> Tensor:
-    """Row and column of the mean of each one's ink, less those of its centre, (P, 2) long."""
-    ink, side = sprites.amax(1), sprites.shape[-1]
-    offsets = torch.arange(side, device=ink.device, dtype=ink.dtype) - side // 2
-    moments = torch.stack([(ink.sum(axis) * offsets).sum(-1) for axis in (-1, -2)], -1)
-    return (moments / ink.sum((-2, -1))[:, None]).round().long()
 
 
 def _candidates(places: Tensor, count: Tensor, last: Tensor, reach: int) -> Tensor:

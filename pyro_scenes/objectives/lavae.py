@@ -14,7 +14,17 @@ from pyro_scenes import distributed
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
 from pyro_scenes.objectives import dreams
-from pyro_scenes.objectives.base import Objective, falling, linear, surrogate, temporarily
+from pyro_scenes.objectives.base import (
+    Objective,
+    decayed,
+    falling,
+    linear,
+    surrogate,
+    temporarily,
+)
+
+
+SLEEP = 6  # Dreams take one of so many steps of a training, at most.
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,8 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
-    dream_every: int = 0  # the location map learns from dreams in one of so many steps; 0 for none
-    dream_from: int = 1500  # and from dreams alone, from this step on
+    dreams: int = 0  # in the last so many steps, or the last sixth, the location map alone learns,
+    dream_learning_rate: float = 3e-4  # this fast, from dreams
     probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
@@ -80,21 +90,30 @@ PAPER = LAVAESchedule(
     warmup_height=0.0,
     warmup_blur=0.0,
 )
-PRESETS = {"fast": LAVAESchedule(dream_every=4), "paper": PAPER}
+PRESETS = {"fast": LAVAESchedule(dreams=500), "paper": PAPER}
 
 
 class LAVAEObjective(Objective):
-    """The ELBO (eq. 6) with the warm-up of appendix B."""
+    """The ELBO (eq. 6) with the warm-up of appendix B, then a sleep phase (dreams.py)."""
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
         super().__init__(schedule, model, steps)
         self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
         self.modules["auxiliary"] = self.auxiliary
+        self.awake = steps - min(schedule.dreams, steps // SLEEP)  # steps before the dreams
+
+    def sleeps(self, step: int) -> bool:
+        return self.awake <= step < self.steps
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        s, factor = self.schedule, self.decay(step)
+        s, awake = self.schedule, self.awake
+        factor = decayed(step, awake, s.ramp, s.decay_from, s.decay_to)
+        location = factor * s.location_learning_rate
+        if self.sleeps(step):
+            part = decayed(step - awake, self.steps - awake, s.ramp, 0.0, s.decay_to)
+            location = part * s.dream_learning_rate
         return {
-            "location": factor * s.location_learning_rate,
+            "location": location,
             "prior": factor * s.prior_learning_rate,
             "rest": factor * s.learning_rate,
             "auxiliary": s.auxiliary_learning_rate,
@@ -105,6 +124,9 @@ class LAVAEObjective(Objective):
     ) -> tuple[Tensor, dict[str, float]]:
         """What has the gradients of one batch, and figures to log, nats per image."""
         s = self.schedule
+        if self.sleeps(step):
+            surprise = dreams.surprise(model, *dreams.dream(model, x)).mean()
+            return surprise, {"surprise": float(surprise.detach())}
         weight = s.warmup_weight * (1 - linear(step, s.warmup_full, s.warmup_end))
         target, auxiliary = None, None
         if weight > 0:
@@ -114,11 +136,8 @@ class LAVAEObjective(Objective):
                 )
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
-        dreaming = s.dream_every > 0 and step >= s.dream_from
+        probe = s.probe * (1 - linear(step, 0, self.awake))
         located = step < s.location_settled or step % s.location_every == 0
-        located = located and not dreaming
-        # A probe is drawn for the location map's sake.
-        probe = 0.0 if dreaming else s.probe * (1 - linear(step, 0, self.steps))
         penalty = torch.zeros(())
         inferred = 0.0
 
@@ -152,10 +171,6 @@ class LAVAEObjective(Objective):
             figure, loss = surrogate(self.elbo, model.model, guide, x)
         left = float(penalty.detach()) / len(x)
         loss = loss if auxiliary is None else loss + auxiliary
-        if dreaming and step % s.dream_every == 0:
-            dreamt = dreams.dream(model, x)
-            if dreamt is not None:
-                loss = loss + dreams.surprise(model, *dreamt).mean()
         return loss, {"loss": figure - left, "warmup": left, "objects": inferred}
 
     def location_target(self, kl: Tensor, size: tuple[int, int]) -> Tensor:
