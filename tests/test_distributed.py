@@ -350,7 +350,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, tmp_path) -> No
     fewer, more = histories[0], ranks[0]["one then two"]
     assert histories[0] == histories[1] and ranks[1]["one then two"] == more
     for history in (fewer, more):
-        assert history["loss"][0] == list(range(1, WHOLE + 1))
+        assert history["loss"][0] + history["surprise"][0] == list(range(1, WHOLE + 1))
         assert all(math.isfinite(value) for value in history["loss"][1])
     # Before the change each has the history of its kind: the streams of noise differ.
     assert fewer["loss"][1][:HALF] == ranks[0]["whole"]["loss"][1][:HALF]
