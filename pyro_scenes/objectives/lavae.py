@@ -14,15 +14,7 @@ from pyro_scenes import distributed
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
 from pyro_scenes.objectives import dreams
-from pyro_scenes.objectives.base import (
-    Objective,
-    decayed,
-    falling,
-    linear,
-    surrogate,
-    temporarily,
-)
-
+from pyro_scenes.objectives.base import Objective, decayed, falling, linear, surrogate, temporarily
 
 SLEEP = 6  # Dreams take one of so many steps of a training, at most.
 
