@@ -126,8 +126,9 @@ PAPER = LAVAEConfig(
 PRESETS = {"fast": LAVAEConfig(), "paper": PAPER}
 
 # Digits are many: more hidden units. A few have two peaks within the window that a draw shuts, of
-# which the second cannot be drawn; shapes may be that near to each other.
-DIGITS = {"sprite_hidden": (384, 512), "appearance_hidden": 256, "count_window": 13}
+# which the second cannot be drawn; shapes may be that near to each other. Digits are not, so that
+# dreams have nothing to mend.
+DIGITS = {"sprite_hidden": (384, 512), "appearance_hidden": 256, "count_window": 13, "dreams": 0}
 SUITED = {"fast": {"multi-mnist-1k": DIGITS, "multi-mnist-10k": DIGITS}}
 
 
