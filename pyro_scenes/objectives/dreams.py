@@ -7,7 +7,8 @@ through an image. It minimises KL(p || q) where the ELBO minimises KL(q || p).
 The prior of dreams is not that of the scenes: n is uniform on 0..M, sprites are of objects found
 in the batch, and half of the objects are sought near another. In scenes of few objects such pairs
 are rare, and where one of a pair has no peak, nothing in the bound tells which pixel misses it.
-Objects that would hide each other, or hang over the edge, are left out.
+Objects that would hide each other, or hang over the edge, are left out: for images that have such
+objects, train without dreams (``--set dreams=0``).
 
 Sprites must stay as they are meanwhile. Nothing in a dream says where in its window a sprite should
 lie: where both learnt from each other, places came to lie ever farther about.
