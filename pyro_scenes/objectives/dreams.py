@@ -46,8 +46,8 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     scene = model.infer(x[: -(-len(x) // SOURCES)], limit=math.inf)
     sprites = model.sprites(scene)[scene.present]  # (P, C, S, S)
-    sprites = sprites[sprites.amax(1).sum((-2, -1)) > LEAST]
     ink = sprites.amax(1).sum((-2, -1))  # (P,)
+    sprites, ink = sprites[ink > LEAST], ink[ink > LEAST]
     config, device, batch, size = model.config, x.device, len(x), x.shape[-2:]
     apart = max(config.count_window, config.blocked_window) // 2
     last = torch.tensor(size, device=device) - 1
@@ -101,7 +101,8 @@ def surprise(model: LAVAE, x: Tensor, places: Tensor) -> Tensor:
     :return: (B,) nats.
     """
     config = model.config
-    heights = model.encode(x).heights  # (B, H, W)
+    encoded = model.encode(x)
+    heights = encoded.heights  # (B, H, W)
     image, slot = (places >= 0).nonzero(as_tuple=True)
     place = places[image, slot]  # (P,)
     true = torch.zeros_like(heights).flatten(1)
@@ -111,7 +112,7 @@ def surprise(model: LAVAE, x: Tensor, places: Tensor) -> Tensor:
     false = find_peaks(heights.detach(), 0.0, config.count_window) & (near == 0)
     excess = (heights - config.count_threshold) / config.count_softness
     counted = (F.softplus(-excess) * true + F.softplus(excess) * false).sum((-2, -1))
-    logits = config.logit_scale * math.log(heights[0].numel()) * heights
+    logits = model._logits(encoded).view_as(heights)
     around = crops(logits[:, None], place, NEIGHBOURHOOD, image).flatten(1)  # (P, K)
     middle = torch.full_like(place, around.shape[1] // 2)
     return counted.index_add(0, image, F.cross_entropy(around, middle, reduction="none"))
