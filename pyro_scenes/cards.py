@@ -68,6 +68,7 @@ def ship(
     _same_command(loaded)
     entries = []
     for run, trained in zip(runs, loaded, strict=True):
+        checkpoint.rounded(trained.model)  # what is measured is what ships
         entries.append(_measure(run, trained, images, particles, nll_images, mnist))
     config = loaded[0].config
     content = {
@@ -79,7 +80,8 @@ def ship(
     card = _card(content)
     folder.mkdir(exist_ok=True)
     _draw(folder / f"{name}.png", loaded[0], mnist)
-    checkpoint.save(folder / f"{name}.pt", config, loaded[0].model.cpu(), loaded[0].step)
+    model, step = loaded[0].model.cpu(), loaded[0].step
+    checkpoint.save(folder / f"{name}.pt", config, model, step, half=True)
     write_json(folder / f"{name}.json", content)
     with atomic_write(folder / f"{name}.md") as file:
         file.write(card.encode())

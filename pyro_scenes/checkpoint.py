@@ -88,13 +88,15 @@ def save(
     model: GenerativeModel,
     step: int,
     training: dict | None = None,
+    half: bool = False,
 ) -> None:
+    """:param half: in half the size, see ``rounded``."""
     content = {
         "format": FORMAT,
         "config": json.dumps(config.to_dict()),
         "image_shape": list(model.image_shape),
         "step": step,
-        "model": model.state_dict(),
+        "model": _halved(model) if half else model.state_dict(),
         "training": training,
     }
     # Into memory first: torch does not say well what becomes of a write that fails.
@@ -102,6 +104,25 @@ def save(
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
+
+
+@torch.no_grad()
+def rounded(model: GenerativeModel) -> GenerativeModel:
+    """The model, its weights rounded in place to what 16 bits hold, of float16 where they can."""
+    for name, value in _halved(model).items():
+        model.state_dict()[name].copy_(value)
+    return model
+
+
+def _halved(model: GenerativeModel) -> dict[str, Tensor]:
+    halves = {
+        name: value.half() if value.dtype == torch.float32 else value
+        for name, value in model.state_dict().items()
+    }
+    return {
+        name: value if value.isfinite().all() else model.state_dict()[name]
+        for name, value in halves.items()
+    }
 
 
 def load(name: str | Path, device: str = "cpu") -> Checkpoint:
@@ -118,14 +139,17 @@ def load(name: str | Path, device: str = "cpu") -> Checkpoint:
         model = build(config, tuple(content["image_shape"]))
     except (ArithmeticError, RuntimeError, ValueError) as error:  # of settings that make no sense
         raise _foreign(path) from error
-    wanted = model.state_dict()
-    kinds = ({name: _kind(value) for name, value in state.items()}
-             for state in (content["model"], wanted))
+    state = {
+        name: value.float() if getattr(value, "dtype", None) == torch.float16 else value
+        for name, value in content["model"].items()
+    }
+    kinds = ({name: _kind(value) for name, value in values.items()}
+             for values in (state, model.state_dict()))
     if next(kinds) != next(kinds):
         raise _foreign(path)
-    if not all(value.isfinite().all() for value in content["model"].values()):
+    if not all(value.isfinite().all() for value in state.values()):
         raise UserError(f"{path} has weights that are not finite: its training went wrong")
-    model.load_state_dict(content["model"])
+    model.load_state_dict(state)
     return Checkpoint(
         model.to(target).eval(), config, content["step"], path, content["training"]
     )

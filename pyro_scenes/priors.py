@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints, transforms
+from pyro.distributions import TorchDistribution, constraints, transforms
 from torch import Tensor, nn
 
 from pyro_scenes.distributions import USED, OneHotPlace
@@ -25,9 +25,14 @@ NEVER = -1e30
 # Of a flow: hidden units of its networks, bins of its splines, and how far these reach, in
 # standard deviations.
 HIDDEN, BINS, BOUND = 64, 8, 5.0
-ROUNDS = 20  # of expectation maximisation, before a mixture's gradients
+# Of expectation maximisation: its rounds, unless one gains less than ENOUGH nats a value before, and
+# the values times components that are in memory at a time.
+ROUNDS, ENOUGH, HELD = 20, 3e-3, 2**21
+TOGETHER = 500  # means drawn at a time, at most, before that
 LEAST = 1e-3  # standard deviation of values that a prior is fitted to
 LARGEST = 1000  # number in the text of a prior
+COMPONENTS = 50_000  # of a mixture, at most
+SCENES = 4000  # that a prior is fitted to
 
 
 class Count(dist.Categorical):
@@ -41,12 +46,19 @@ class Count(dist.Categorical):
 
 
 class Fitted(nn.Module):
-    """A prior that can be fitted to values: by ``begin``, and from there, if it has parameters, by
-    maximum likelihood. Its parameters may be learned with a model's in place of that.
+    """A prior that can be fitted to values: by ``begin``, and from there, if it ``climbs``, by the
+    gradient of the likelihood. Its parameters may be learned with a model's in place of that.
+
+    :ivar scenes: how many it takes to fit it.
     """
 
-    def begin(self, values: Tensor) -> None:
-        """:param values: (N, ...), counts or draws of appearances."""
+    climbs = True
+    scenes = SCENES
+
+    def begin(self, values: Tensor, scales: Tensor | None = None) -> None:
+        """:param values: (N, ...), counts, or means of normal distributions of appearances.
+        :param scales: the standard deviations of these, of which None are 0.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no begin")
 
 
@@ -106,7 +118,9 @@ class FittedCount(Fitted):
         super().__init__()
         self.masses: Tensor = nn.Buffer(torch.full((limit + 1,), 1 / (limit + 1)))  # (M + 1,)
 
-    def begin(self, values: Tensor) -> None:
+    climbs = False
+
+    def begin(self, values: Tensor, scales: Tensor | None = None) -> None:
         """:param values: (N,) long, in 0..M."""
         counted = values.bincount(minlength=len(self.masses)) + 1.0
         self.masses = counted / counted.sum()
@@ -162,8 +176,61 @@ class StandardNormal(nn.Module):
         return dist.Normal(self.zero, torch.ones_like(self.zero)).to_event(1)
 
 
+class NormalMixture(TorchDistribution):
+    """A mixture of K diagonal normal distributions of L dimensions; draws have no gradient.
+
+    A density takes products of matrices, where `dist.MixtureSameFamily` makes K L numbers a value.
+
+    :param logits: (K,). :param means: (K, L). :param scales: (K, L).
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}
+    support = constraints.real_vector
+
+    def __init__(self, logits: Tensor, means: Tensor, scales: Tensor, shape=torch.Size()):
+        self.logits, self.means, self.scales = logits, means, scales
+        super().__init__(shape, means.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape, _instance=None) -> NormalMixture:
+        return NormalMixture(self.logits, self.means, self.scales, torch.Size(batch_shape))
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)[:-1]
+        part = dist.Categorical(logits=self.logits).sample(shape)
+        return torch.normal(self.means[part], self.scales[part])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """:param value: (..., L). :return: (...)."""
+        logits, means, scales = self.logits, self.means, self.scales
+        if not torch.is_grad_enabled():
+            # Squares of means many scales from 0 cancel: a learning has noise of its own to bear
+            # what is left of it in float32, a figure has not.
+            value, logits, means, scales = (t.double() for t in (value, logits, means, scales))
+        parts = normal_parts(value.flatten(0, -2), None, means, scales) + logits.log_softmax(-1)
+        return parts.logsumexp(-1).view(value.shape[:-1]).to(self.means.dtype)
+
+
+def normal_parts(values: Tensor, spread: Tensor | None, means: Tensor, scales: Tensor) -> Tensor:
+    """log N(z; means_k, scales_k^2), (N, K), or its mean over z ~ N(values, spread^2).
+
+    :param values: (N, L). :param spread: (N, L), or None for 0. :param means, scales: (K, L).
+    """
+    precision = scales**-2
+    squares = values**2 if spread is None else values**2 + spread**2
+    constant = (-scales.log() - 0.5 * means**2 * precision - 0.5 * math.log(2 * math.pi)).sum(-1)
+    terms, weights = torch.cat([values, squares], -1), torch.cat([means * precision, -0.5 * precision], -1)
+    return torch.addmm(constant, terms, weights.T)
+
+
 class GaussianMixture(Fitted):
-    """p(z_app), a mixture of K diagonal Gaussians of L dimensions."""
+    """p(z_app), a mixture of K diagonal Gaussians of L dimensions.
+
+    Objects of a finite number of kinds, such as the digits of a pool, have about as many separate
+    posteriors. With a component for each, p(z_app) is nearly their mean, which is the best of all
+    priors for them (the aggregate posterior); an object then costs little more than to name it.
+    """
+
+    climbs = False
 
     def __init__(self, size: int, components: int):
         super().__init__()
@@ -171,34 +238,66 @@ class GaussianMixture(Fitted):
         # (K, L); near N(0, I), yet not alike: alike they would stay so.
         self.means = nn.Parameter(0.3 * torch.randn(components, size))
         self.log_scales = nn.Parameter(torch.zeros(components, size))  # (K, L)
+        self.scenes = max(SCENES, 4 * components)
 
     @torch.no_grad()
-    def begin(self, values: Tensor) -> None:
-        """Expectation maximisation, from means at values far from each other (k-means++).
+    def begin(self, values: Tensor, scales: Tensor | None = None) -> None:
+        """Expectation maximisation of E_q[log p(z)], from means at values far from each other.
 
-        :param values: (N, L).
+        A component's variance is as if it had one value more, at its mean, of the mean spread.
+
+        :param values: (N, L), means of q(z). :param scales: their standard deviations, (N, L).
         """
-        chosen = values[torch.randint(len(values), (1,), device=values.device)]
-        while len(chosen) < len(self.means):
-            # A little more than 0: the values may be fewer than the components.
-            squares = torch.cdist(values, chosen).amin(1).square() + 1e-9
-            chosen = torch.cat([chosen, values[squares.multinomial(1)]])
-        self.means.copy_(chosen)
-        self.log_scales.copy_(values.std(0, correction=0).clamp(min=LEAST).log())
+        spread = torch.zeros_like(values) if scales is None else scales
+        components = len(self.means)
+        means, away = _far_apart(values, components)
+        deviations = (away.mean() / values.shape[1] + spread.square().mean(0)).sqrt()
+        deviations = deviations.clamp(min=LEAST).expand_as(means)
+        logits, before = torch.zeros_like(self.logits), -math.inf
         for _ in range(ROUNDS):
-            parts = self._parts().log_prob(values.unsqueeze(1)) + self.logits  # (N, K)
-            shares = parts.softmax(1)
-            sizes = shares.sum(0) + 1e-6  # (K,)
-            means, squares = (shares.T @ v / sizes.unsqueeze(1) for v in (values, values.square()))
-            self.logits.copy_(sizes.log())
-            self.means.copy_(means)
-            self.log_scales.copy_(0.5 * (squares - means.square()).clamp(min=LEAST**2).log())
+            sizes, bound = torch.zeros_like(logits), 0.0
+            first, second = torch.zeros_like(means), torch.zeros_like(means)
+            for z, s in zip(*(v.split(max(1, HELD // components)) for v in (values, spread)),
+                            strict=True):
+                parts = normal_parts(z, s, means, deviations) + logits.log_softmax(-1)  # (n, K)
+                log_density = parts.logsumexp(-1, keepdim=True)
+                bound += float(log_density.sum()) / len(values)
+                shares = parts.sub_(log_density).exp_()
+                sizes += shares.sum(0)
+                first += shares.T @ z
+                second += shares.T @ (z**2 + s**2)
+            filled = sizes.clamp(min=1e-6).unsqueeze(1)
+            means = torch.where(filled > 1e-3, first / filled, means)  # one without values stays
+            squares = (second - 2 * means * first + means**2 * sizes.unsqueeze(1)).clamp(min=0)
+            deviations = (squares + spread.square().mean(0)) / (sizes.unsqueeze(1) + 1)
+            deviations = deviations.sqrt().clamp(min=LEAST)
+            logits = (sizes + 1 / components).log()
+            if bound - before < ENOUGH:
+                break
+            before = bound
+        for own, found in ((self.logits, logits), (self.means, means)):
+            own.copy_(found)
+        self.log_scales.copy_(deviations.log())
 
     def forward(self) -> dist.TorchDistribution:
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), self._parts())
+        return NormalMixture(self.logits, self.means, self.log_scales.exp())
 
-    def _parts(self) -> dist.TorchDistribution:
-        return dist.Normal(self.means, self.log_scales.exp()).to_event(1)
+
+def _far_apart(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """So many of the values (N, L), each drawn by its squared distance from those before; and the
+    squared distance of each value from the nearest of them, (N,).
+
+    As k-means++ draws them, but for as many at a time as are a quarter of those before.
+    """
+    chosen = values[torch.randint(len(values), (1,), device=values.device)]
+    squares = torch.cdist(values, chosen).amin(1).square()
+    while len(chosen) < number:
+        several = min(1 + len(chosen) // 4, number - len(chosen), TOGETHER)
+        # A little more than 0: the values may be fewer than the components.
+        new = values[(squares + 1e-9).multinomial(several, replacement=True)]
+        squares = torch.minimum(squares, torch.cdist(values, new).amin(1).square())
+        chosen = torch.cat([chosen, new])
+    return chosen, squares
 
 
 class Flow(Fitted):
@@ -222,10 +321,13 @@ class Flow(Fitted):
         self.splines = nn.ModuleList(_identity_spline(size) for _ in range(layers))
 
     @torch.no_grad()
-    def begin(self, values: Tensor) -> None:
-        """:param values: (N, L)."""
+    def begin(self, values: Tensor, scales: Tensor | None = None) -> None:
+        """:param values: (N, L), means. :param scales: standard deviations, (N, L)."""
+        variance = values.var(0, correction=0)
+        if scales is not None:
+            variance = variance + scales.square().mean(0)
         self.shift = values.mean(0)
-        self.scale = values.std(0, correction=0).clamp(min=LEAST)
+        self.scale = variance.sqrt().clamp(min=LEAST)
 
     def forward(self) -> dist.TorchDistribution:
         for module in (*self.mixing, *self.splines):
@@ -295,7 +397,7 @@ def _normal(argument: str, size: int) -> nn.Module:
 
 
 def _mixture(argument: str, size: int) -> nn.Module:
-    return GaussianMixture(size, _whole(argument, 1))
+    return GaussianMixture(size, _whole(argument, 1, COMPONENTS))
 
 
 def _flow(argument: str, size: int) -> nn.Module:
@@ -340,9 +442,9 @@ def make(name: str, text: str, size: int) -> nn.Module:
         raise UserError(f"{name}={text}: {error}; write it like {name}={example}") from None
 
 
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or not least <= int(text) <= LARGEST:
-        raise ValueError(f"{text!r} is not a whole number from {least} to {LARGEST:,}")
+def _whole(text: str, least: int, largest: int = LARGEST) -> int:
+    if not text.isdecimal() or not least <= int(text) <= largest:
+        raise ValueError(f"{text!r} is not a whole number from {least} to {largest:,}")
     return int(text)
 
 

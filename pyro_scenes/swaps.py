@@ -27,8 +27,7 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
 
-SCENES = 4000  # that priors are fitted to
-ENCODED = 200  # of them at a time
+ENCODED = 200  # scenes at a time
 STEPS, BATCH, RATE = 400, 256, 1e-2  # of the fit: its length, appearances a step, learning rate
 
 
@@ -44,8 +43,8 @@ def parse(
     """Priors by name, for ``model.priors``.
 
     :param texts: such as "count=uniform:4-5" and "appearance=mixture:10", one a name.
-    :param data: what those that are to be fitted are fitted to, the first SCENES images of: scenes,
-        or the training part of a registered data set or a file.
+    :param data: what those that are to be fitted are fitted to, the first images of, as many as it
+        takes: scenes, or the training part of a registered data set or a file.
     :raises UserError: for what cannot be read, or does not suit the model.
 
     >>> from pyro_scenes import checkpoint
@@ -71,7 +70,8 @@ def parse(
         unfitted = {k: v for k, v in made.items() if isinstance(v, priors.Fitted)}
         if unfitted:
             assert isinstance(model, SceneModel)
-            found = look(model, _scenes(data, mnist, texts), progress)
+            wanted = max(prior.scenes for prior in unfitted.values())
+            found = look(model, _scenes(data, wanted, mnist, texts), progress)
         for name, prior in unfitted.items():
             if name == "count":
                 prior.begin(found.counts)
@@ -112,14 +112,16 @@ def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
 
 @torch.enable_grad()
 def fit(prior: priors.Fitted, found: Found, progress: bool = True) -> None:
-    """Fit p(z_app) by maximum likelihood on draws of q(z_app | x), new ones at each step.
+    """Fit p(z_app) by maximum likelihood on draws of q(z_app | x), or on what they are in the mean.
 
     :raises UserError: if there are no objects.
     """
     means, scales = found.means, found.scales
     if not len(means):
         raise UserError("no object was found in the scenes that an appearance prior is fitted to")
-    prior.begin(means + scales * torch.randn_like(scales))
+    prior.begin(means, scales)
+    if not prior.climbs:
+        return
     optimizer = torch.optim.Adam(prior.parameters(), RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in tqdm(range(STEPS), desc="prior", unit="step", disable=not progress):
@@ -144,13 +146,15 @@ def _size(model: GenerativeModel, name: str) -> int:
     return own.event_shape[0]
 
 
-def _scenes(data: str | Path | SceneData, mnist: Path | None, texts: Sequence[str]) -> SceneData:
+def _scenes(
+    data: str | Path | SceneData, wanted: int, mnist: Path | None, texts: Sequence[str]
+) -> SceneData:
     if isinstance(data, SceneData):
-        return data[:SCENES]
+        return data[:wanted]
     try:
         if str(data) in DATASETS:
-            return load(data, split="train", images=SCENES, mnist=mnist)
-        return split_held_out(load(data))[0][:SCENES]
+            return load(data, split="train", images=wanted, mnist=mnist)
+        return split_held_out(load(data))[0][:wanted]
     except UserError as error:
         raise UserError(f"{' '.join(texts)}, fitted to scenes of the training: {error}") from None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from pyro_scenes import cards, checkpoint, cli, report, suite
@@ -40,7 +41,9 @@ def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path
     content = json.loads((tmp_path / "tiny.json").read_text())
     assert [run["seed"] for run in content["runs"]] == [0, 1]
     for path, entry in zip(runs, content["runs"], strict=True):
-        model = checkpoint.load(path).model
+        first = path == runs[0]
+        model = checkpoint.load(tmp_path / "tiny.pt" if first else path).model
+        checkpoint.rounded(model)
         scenes = load("multi-dsprites", images=6)
         again = evaluate(model, scenes, particles=2, limit=math.inf, progress=False)
         own, crowded = entry["figures"][OWN], entry["figures"][CROWDED]
@@ -65,10 +68,12 @@ def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     shipped = checkpoint.load(tmp_path / "tiny.pt")
     assert shipped.config.seed == 0 and shipped.training is None
-    assert all(
-        (value == checkpoint.load(runs[0]).model.state_dict()[name]).all()
-        for name, value in shipped.model.state_dict().items()
-    )
+    trained = checkpoint.load(runs[0]).model.state_dict()
+    for name, value in shipped.model.state_dict().items():
+        assert value.dtype == trained[name].dtype
+        assert torch.equal(value, trained[name].half().to(value.dtype))
+    assert (tmp_path / "tiny.pt").stat().st_size < 2 * sum(v.numel() for v in trained.values()) \
+        + 20_000
 
 
 def test_figures_of_other_weights_are_not_used_again(runs: list[Path], tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from pyro_scenes.priors import (
     StandardNormal,
     UniformCount,
     make,
+    normal_parts,
 )
 
 SHAPE = (3, 8, 12)
@@ -131,6 +132,57 @@ def test_a_mixture_by_hand() -> None:
             weights, mixture.means.detach().numpy(), mixture.log_scales.exp().detach().numpy())
     ]
     assert np.allclose(mixture().log_prob(z).detach(), logsumexp(parts, 0), atol=1e-5)
+
+
+def test_draws_of_a_mixture_are_its_own() -> None:
+    mixture = make("appearance", "mixture:3", 2)
+    mixture.logits.data = torch.tensor([0.2, 0.3, 0.5]).log()
+    mixture.means.data = torch.tensor([[-9.0, 0.0], [0.0, 9.0], [9.0, -9.0]])
+    mixture.log_scales.data = torch.tensor([[0.5, 1.0], [1.0, 0.1], [0.3, 2.0]]).log()
+    z = mixture().expand([4, 5000]).sample()
+    assert z.shape == (4, 5000, 2) and mixture().sample().shape == (2,)
+    part = torch.cdist(z.view(-1, 2), mixture.means.data).argmin(1)
+    assert torch.allclose(part.bincount() / len(part), torch.tensor([0.2, 0.3, 0.5]), atol=0.02)
+    for i in range(3):
+        own = z.view(-1, 2)[part == i]
+        scales = mixture.log_scales.data[i].exp()
+        assert torch.allclose(own.mean(0), mixture.means.data[i], atol=0.1)
+        assert torch.allclose(own.std(0), scales, rtol=0.05)
+
+
+def test_the_density_of_narrow_components_far_from_0_is_exact() -> None:
+    """Where float32 would lose what is left of a difference of large squares."""
+    mixture = make("appearance", "mixture:2", 8)
+    mixture.means.data = torch.tensor([[30.0], [-30.0]]).expand(2, 8).clone()
+    mixture.log_scales.data.fill_(math.log(1e-3))
+    z = (mixture.means.data[0] + 1e-3 * torch.randn(50, 8)).double()
+    scale, mean = mixture.log_scales.data[0].double().exp(), mixture.means.data[0].double()
+    expected = stats.norm.logpdf(z.numpy(), mean.numpy(), scale.numpy()).sum(-1) - math.log(2)
+    with torch.no_grad():
+        assert np.allclose(mixture().log_prob(z), expected, rtol=1e-6)
+
+
+def test_what_components_make_of_a_normal_value_in_the_mean() -> None:
+    z, s, m, d = torch.randn(3, 2), torch.rand(3, 2), torch.randn(4, 2), torch.rand(4, 2) + 0.5
+    draws = z + s * torch.randn(40_000, 3, 2)
+    sampled = dist.Normal(m, d).to_event(1).log_prob(draws.unsqueeze(2)).mean(0)  # (3, 4)
+    assert torch.allclose(normal_parts(z, s, m, d), sampled, atol=0.05)
+    exact = dist.Normal(m, d).to_event(1).log_prob(z.unsqueeze(1))
+    assert torch.allclose(normal_parts(z, None, m, d), exact, atol=1e-4)
+
+
+def test_a_mixture_has_a_component_for_each_kind_of_object() -> None:
+    """Then it is the aggregate posterior, and an object costs its name alone: log 200 nats."""
+    kinds, scale = 20.0 * torch.randn(200, 3), 0.1
+    means = kinds[torch.randint(200, (4000,))]
+    mixture = GaussianMixture(3, 260)
+    assert mixture.scenes == 4000 and GaussianMixture(3, 2000).scenes == 8000
+    swaps.fit(mixture, found(means, scale), progress=False)
+    z = means + scale * torch.randn_like(means)
+    with torch.no_grad():
+        posterior = dist.Normal(means, scale).to_event(1).log_prob(z)
+        paid = (posterior - mixture().log_prob(z)).mean().item()
+    assert math.log(200) - 0.1 < paid < math.log(200) + 0.3
 
 
 def bent(size: int) -> Flow:
@@ -300,7 +352,7 @@ def test_a_fitted_count_of_a_guide_that_draws() -> None:
 
 
 def test_priors_are_fitted_to_the_first_training_scenes(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(swaps, "SCENES", 5)
+    monkeypatch.setattr(Fitted, "scenes", 5)
     seen: list[Tensor] = []
     model = lavae()
     guide = model.guide
@@ -505,7 +557,7 @@ BAD = [
     ("count=fit:3", "takes no '3'"),
     ("appearance=normal:2", "takes no '2'"),
     ("appearance=mixture", "appearance=mixture:10"),
-    ("appearance=mixture:0", "1 to 1,000"),
+    ("appearance=mixture:0", "1 to 50,000"),
     ("appearance=flow:many", "appearance=flow:4"),
     ("count=fit --prior count=uniform:1-2", "second prior for the count"),
 ]

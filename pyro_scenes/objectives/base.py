@@ -11,9 +11,13 @@ from typing import Any
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.util import torch_item
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_scenes.models import GenerativeModel
+
+
+LEAST = 1e-6  # weight of a density: Pyro refuses a scale of 0
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,13 @@ class Objective:
     """-ELBO by one draw of the guide, of any model; the base of the models' own objectives.
 
     :ivar modules: what is trained and kept beside the model; their names are groups of parameters.
+    :ivar fits: the step before which the prior of appearances is fitted to what the guide finds.
     :param schedule: a dataclass of settings, with those of ``Schedule`` unless a subclass has other
         learning rates.
     :param steps: length of the training, for the decay of the learning rates.
     """
+
+    fits: int | None = None
 
     def __init__(self, schedule: Any, model: GenerativeModel, steps: int):
         self.schedule, self.steps = schedule, steps
@@ -86,6 +93,21 @@ def surrogate(
     assert isinstance(elbo, Trace_ELBO)
     (traces,) = elbo._get_traces(model, guide, (x,), {})
     return elbo._differentiable_loss_particle(*traces)
+
+
+class Weighted(Messenger):
+    """Multiplies the log density of some sites, in model and guide alike, by a weight, beta.
+
+    :param site: what they are called, but for a number. :param weight: >= 0.
+    """
+
+    def __init__(self, site: str, weight: float):
+        super().__init__()
+        self.site, self.weight = site, max(weight, LEAST)
+
+    def _pyro_sample(self, message: dict) -> None:
+        if message["name"].rstrip("_0123456789") == self.site:
+            message["scale"] = self.weight * message["scale"]
 
 
 @contextmanager

@@ -6,14 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_scenes.models.conv_vae import ConvVAE
-from pyro_scenes.objectives.base import Objective, linear, surrogate
-
-LEAST = 1e-6  # beta at first: Pyro refuses a scale of 0
-
+from pyro_scenes.objectives.base import LEAST, Objective, Weighted, linear, surrogate
 
 @dataclass(frozen=True)
 class ConvVAESchedule:
@@ -31,18 +27,6 @@ PRESETS = {
     "fast": ConvVAESchedule(),
     "paper": ConvVAESchedule(learning_rate=1e-3, ramp=0, decay_to=1.0, beta_end=100_000),
 }
-
-
-class Weighted(Messenger):
-    """Multiplies the log density of one site, in model and guide alike, by a weight above 0."""
-
-    def __init__(self, site: str, weight: float):
-        super().__init__()
-        self.site, self.weight = site, weight
-
-    def _pyro_sample(self, message: dict) -> None:
-        if message["name"] == self.site:
-            message["scale"] = self.weight * message["scale"]
 
 
 class ConvVAEObjective(Objective):

@@ -14,7 +14,16 @@ from pyro_scenes import distributed
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
 from pyro_scenes.objectives import dreams
-from pyro_scenes.objectives.base import Objective, decayed, falling, linear, surrogate, temporarily
+from pyro_scenes.objectives.base import (
+    Objective,
+    Weighted,
+    decayed,
+    falling,
+    linear,
+    surrogate,
+    temporarily,
+)
+from pyro_scenes.priors import StandardNormal
 
 SLEEP = 6  # Dreams take one of so many steps of a training, at most.
 
@@ -45,8 +54,12 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
-    dreams: int = 0  # in the last so many steps, or the last sixth, the location map alone learns,
+    # In the last so many steps before places rest, or a sixth of all, the location map alone learns,
+    dreams: int = 0
     dream_learning_rate: float = 3e-4  # this fast, from dreams
+    rest_from: float = 1.0  # part of the training after which places rest
+    fit_from: float = 1.0  # part of it after which p(z_app) is one that was fitted, and learns;
+    appearance_beta: float = 1.0  # weight of z_app's divergence until then, from N(0, I)
     probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
@@ -86,28 +99,42 @@ PRESETS = {"fast": LAVAESchedule(dreams=500), "paper": PAPER}
 
 
 class LAVAEObjective(Objective):
-    """The ELBO (eq. 6) with the warm-up of appendix B, then a sleep phase (dreams.py)."""
+    """The ELBO (eq. 6) with the warm-up of appendix B, a sleep phase (dreams.py), and places at rest.
+
+    First all learns by the ELBO, then the location map alone, from dreams, and then all but the
+    location map: a step costs half. Up to ``fits`` the prior of appearances is N(0, I), and its
+    divergence weighs ``appearance_beta``. If that is little, codes tell all that they can, which
+    the prior that is then fitted to them (a mixture, for objects of a finite number) has cheaply.
+    """
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
         super().__init__(schedule, model, steps)
         self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
         self.modules["auxiliary"] = self.auxiliary
-        self.awake = steps - min(schedule.dreams, steps // SLEEP)  # steps before the dreams
+        # The first step in which places rest, and before that, the first of a dream.
+        self.resting = round(min(schedule.rest_from, 1.0) * steps)
+        self.awake = self.resting - min(schedule.dreams, steps // SLEEP, self.resting)
+        if schedule.fit_from < 1:
+            self.fits = round(schedule.fit_from * steps)
 
     def sleeps(self, step: int) -> bool:
-        return self.awake <= step < self.steps
+        return self.awake <= step < self.resting
+
+    def rests(self, step: int) -> bool:
+        return self.resting <= step and self.resting < self.steps
 
     def learning_rates(self, step: int) -> dict[str, float]:
         s, awake = self.schedule, self.awake
         factor = decayed(step, awake, s.ramp, s.decay_from, s.decay_to)
         location = factor * s.location_learning_rate
         if self.sleeps(step):
-            part = decayed(step - awake, self.steps - awake, s.ramp, 0.0, s.decay_to)
+            part = decayed(step - awake, self.resting - awake, s.ramp, 0.0, s.decay_to)
             location = part * s.dream_learning_rate
+        last = awake if self.resting == self.steps else self.steps
         return {
             "location": location,
             "prior": factor * s.prior_learning_rate,
-            "rest": factor * s.learning_rate,
+            "rest": decayed(step, last, s.ramp, s.decay_from, s.decay_to) * s.learning_rate,
             "auxiliary": s.auxiliary_learning_rate,
         }
 
@@ -130,6 +157,10 @@ class LAVAEObjective(Objective):
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
         probe = s.probe * (1 - linear(step, 0, self.awake))
         located = step < s.location_settled or step % s.location_every == 0
+        located = located and not self.rests(step)
+        unfitted = self.fits is not None and step < self.fits
+        beta = s.appearance_beta if self.fits is None or unfitted else 1.0
+        plain = {"appearance": StandardNormal(model.config.latent).to(x.device)}
         penalty = torch.zeros(())
         inferred = 0.0
 
@@ -158,6 +189,8 @@ class LAVAEObjective(Objective):
                 slots=int(distributed.world() > 1),
             ),
             temporarily(model.likelihood, floor=floor),
+            model.priors(**plain if unfitted else {}),
+            Weighted(model.appearance_site, beta),
             poutine.scale(scale=1 / len(x)),
         ):
             figure, loss = surrogate(self.elbo, model.model, guide, x)
