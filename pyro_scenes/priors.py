@@ -27,7 +27,7 @@ NEVER = -1e30
 HIDDEN, BINS, BOUND = 64, 8, 5.0
 # Of expectation maximisation: its rounds, unless one gains less than ENOUGH nats a value before, and
 # the values times components that are in memory at a time.
-ROUNDS, ENOUGH, HELD = 20, 3e-3, 2**21
+ROUNDS, ENOUGH, HELD = 20, 1e-2, 2**21
 TOGETHER = 500  # means drawn at a time, at most, before that
 LEAST = 1e-3  # standard deviation of values that a prior is fitted to
 LARGEST = 1000  # number in the text of a prior
@@ -238,7 +238,7 @@ class GaussianMixture(Fitted):
         # (K, L); near N(0, I), yet not alike: alike they would stay so.
         self.means = nn.Parameter(0.3 * torch.randn(components, size))
         self.log_scales = nn.Parameter(torch.zeros(components, size))  # (K, L)
-        self.scenes = max(SCENES, 4 * components)
+        self.scenes = max(SCENES, 2 * components)
 
     @torch.no_grad()
     def begin(self, values: Tensor, scales: Tensor | None = None) -> None:

@@ -176,7 +176,7 @@ def test_a_mixture_has_a_component_for_each_kind_of_object() -> None:
     kinds, scale = 20.0 * torch.randn(200, 3), 0.1
     means = kinds[torch.randint(200, (4000,))]
     mixture = GaussianMixture(3, 260)
-    assert mixture.scenes == 4000 and GaussianMixture(3, 2000).scenes == 8000
+    assert mixture.scenes == 4000 and GaussianMixture(3, 3000).scenes == 6000
     swaps.fit(mixture, found(means, scale), progress=False)
     z = means + scale * torch.randn_like(means)
     with torch.no_grad():
