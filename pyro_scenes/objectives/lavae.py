@@ -58,8 +58,8 @@ class LAVAESchedule:
     dreams: int = 0
     dream_learning_rate: float = 3e-4  # this fast, from dreams
     rest_from: float = 1.0  # part of the training after which places rest
-    fit_from: float = 1.0  # part of it after which p(z_app) is one that was fitted, and learns;
-    appearance_beta: float = 1.0  # weight of z_app's divergence until then, from N(0, I)
+    fit_from: float = 1.0  # part of it after which p(z_app) is one that was fitted, and learns
+    appearance_beta: float = 1.0  # weight of z_app's divergence while places rest, until then
     probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
@@ -102,9 +102,10 @@ class LAVAEObjective(Objective):
     """The ELBO (eq. 6) with the warm-up of appendix B, a sleep phase (dreams.py), and places at rest.
 
     First all learns by the ELBO, then the location map alone, from dreams, and then all but the
-    location map: a step costs half. Up to ``fits`` the prior of appearances is N(0, I), and its
-    divergence weighs ``appearance_beta``. If that is little, codes tell all that they can, which
-    the prior that is then fitted to them (a mixture, for objects of a finite number) has cheaply.
+    location map: a step costs half. Up to ``fits`` the prior of appearances is N(0, I). While places
+    rest its divergence weighs ``appearance_beta``. If that is little, codes tell all that they can,
+    which the prior that is then fitted to them (a mixture, for objects of a finite number) has
+    cheaply. Before, places would not become sharp: where codes are cheap they tell offsets too.
     """
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
@@ -159,7 +160,7 @@ class LAVAEObjective(Objective):
         located = step < s.location_settled or step % s.location_every == 0
         located = located and not self.rests(step)
         unfitted = self.fits is not None and step < self.fits
-        beta = s.appearance_beta if self.fits is None or unfitted else 1.0
+        beta = s.appearance_beta if unfitted and self.rests(step) else 1.0
         plain = {"appearance": StandardNormal(model.config.latent).to(x.device)}
         penalty = torch.zeros(())
         inferred = 0.0
