@@ -187,6 +187,10 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """One step. :raises UserError: before anything is changed, if the loss is not finite."""
+        if self.step == self.objective.renews:
+            with torch.random.fork_rng():
+                torch.manual_seed(distributed.seed(self.config.seed, self.step))
+                self.model.renew()
         if self.step == self.objective.fits:
             self.fit_prior()
         x = self.batch(self.step)

@@ -127,6 +127,37 @@ def test_a_run_fits_the_prior_once_to_scenes_of_the_training(
     assert not torch.allclose(run.model.appearance_prior.means, start, atol=0.05)
 
 
+def test_networks_of_appearance_may_begin_again() -> None:
+    settings = [name for name in TINY if name != "dreams=1"]
+    config = make_config(
+        "lavae", "multi-dsprites", settings=(*settings, "appearance_anew=true"), steps=8, seed=3)
+    run = Run(config, "cpu")
+    assert run.objective.renews == 4
+    starts = {k: v.clone() for k, v in run.model.state_dict().items()}
+    renewed: list[dict[str, Tensor]] = []
+    renew = run.model.renew
+
+    def spied() -> None:
+        before = {k: v.clone() for k, v in run.model.state_dict().items()}
+        renew()
+        renewed.append(before)
+        renewed.append({k: v.clone() for k, v in run.model.state_dict().items()})
+
+    run.model.renew = spied
+    with pyro.validation_enabled(False):
+        for _ in range(8):
+            run.advance()
+    before, after = renewed
+    for name, value in after.items():
+        anew = name.split(".")[0] in ("sprite_net", "appearance_net")
+        assert torch.equal(value, before[name]) == (not anew), name
+        if anew and "weight" in name:  # as at the start, though not the same
+            assert value.std() == pytest.approx(starts[name].std(), rel=0.5)
+            assert not torch.equal(value, starts[name])
+    assert torch.equal(
+        after["sprite_net.net.2.bias"], torch.full_like(after["sprite_net.net.2.bias"], -2.0))
+
+
 def test_a_run_that_was_stopped_at_the_fit_ends_as_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,10 @@ class GenerativeModel(PyroModule):
             if name.split(".")[0] in self.decoders or name.split(".")[0].endswith("_prior")
         ]
 
+    def renew(self) -> None:
+        """Begin again with some of the parameters, in place, where an objective asks for it."""
+        raise NotImplementedError(f"{type(self).__name__} has no renew")
+
     def check(self, x: Tensor) -> None:
         """:raises UserError: if the images do not suit this model."""
         if x.dim() != 4 or x.shape[1] != self.image_shape[0]:

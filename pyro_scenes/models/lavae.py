@@ -441,6 +441,12 @@ class LAVAE(SceneModel):
             groups[key].append(parameter)
         return groups
 
+    def renew(self) -> None:
+        """New networks of appearance."""
+        sprite, _, appearance = NETWORKS[self.config.networks](self.config, self.image_shape[0])
+        self.sprite_net.load_state_dict(sprite.state_dict())
+        self.appearance_net.load_state_dict(appearance.state_dict())
+
     def check(self, x: Tensor) -> None:
         stride = int(self.location_net.stride)  # type: ignore[arg-type]
         super().check(x)

@@ -35,12 +35,14 @@ class Objective:
 
     :ivar modules: what is trained and kept beside the model; their names are groups of parameters.
     :ivar fits: the step before which the prior of appearances is fitted to what the guide finds.
+    :ivar renews: the step before which ``model.renew`` is called.
     :param schedule: a dataclass of settings, with those of ``Schedule`` unless a subclass has other
         learning rates.
     :param steps: length of the training, for the decay of the learning rates.
     """
 
     fits: int | None = None
+    renews: int | None = None
 
     def __init__(self, schedule: Any, model: GenerativeModel, steps: int):
         self.schedule, self.steps = schedule, steps

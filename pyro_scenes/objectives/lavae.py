@@ -60,6 +60,7 @@ class LAVAESchedule:
     rest_from: float = 1.0  # part of the training after which places rest
     fit_from: float = 1.0  # part of it after which p(z_app) is one that was fitted, and learns
     appearance_beta: float = 1.0  # weight of z_app's divergence while places rest, until then
+    appearance_anew: bool = False  # whether its networks begin again when places come to rest
     probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
@@ -106,6 +107,7 @@ class LAVAEObjective(Objective):
     rest its divergence weighs ``appearance_beta``. If that is little, codes tell all that they can,
     which the prior that is then fitted to them (a mixture, for objects of a finite number) has
     cheaply. Before, places would not become sharp: where codes are cheap they tell offsets too.
+    Networks that have learnt to say little do not unlearn it soon: ``appearance_anew``.
     """
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
@@ -117,6 +119,8 @@ class LAVAEObjective(Objective):
         self.awake = self.resting - min(schedule.dreams, steps // SLEEP, self.resting)
         if schedule.fit_from < 1:
             self.fits = round(schedule.fit_from * steps)
+        if schedule.appearance_anew and self.resting < steps:
+            self.renews = self.resting
 
     def sleeps(self, step: int) -> bool:
         return self.awake <= step < self.resting
