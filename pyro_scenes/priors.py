@@ -28,6 +28,7 @@ HIDDEN, BINS, BOUND = 64, 8, 5.0
 # Of expectation maximisation: its rounds, unless one gains less than ENOUGH nats a value before, and
 # the values times components that are in memory at a time.
 ROUNDS, ENOUGH, HELD = 20, 1e-2, 2**21
+NEAREST = 4  # components of a mixture that are gone through by differences
 TOGETHER = 500  # means drawn at a time, at most, before that
 LEAST = 1e-3  # standard deviation of values that a prior is fitted to
 LARGEST = 1000  # number in the text of a prior
@@ -179,7 +180,9 @@ class StandardNormal(nn.Module):
 class NormalMixture(TorchDistribution):
     """A mixture of K diagonal normal distributions of L dimensions; draws have no gradient.
 
-    A density takes products of matrices, where `dist.MixtureSameFamily` makes K L numbers a value.
+    A density takes a product of matrices, where `dist.MixtureSameFamily` makes K L numbers a value.
+    That product is a difference of squares, which float32 does not know well many scales from 0: the
+    NEAREST components are gone through again by differences.
 
     :param logits: (K,). :param means: (K, L). :param scales: (K, L).
     """
@@ -187,12 +190,17 @@ class NormalMixture(TorchDistribution):
     arg_constraints = {"logits": constraints.real_vector}
     support = constraints.real_vector
 
-    def __init__(self, logits: Tensor, means: Tensor, scales: Tensor, shape=torch.Size()):
+    def __init__(
+        self, logits: Tensor, means: Tensor, scales: Tensor, shape=torch.Size(),
+        product: tuple[Tensor, Tensor] | None = None,
+    ):
         self.logits, self.means, self.scales = logits, means, scales
+        self.product = product or _product(means, scales)
         super().__init__(shape, means.shape[-1:], validate_args=False)
 
     def expand(self, batch_shape, _instance=None) -> NormalMixture:
-        return NormalMixture(self.logits, self.means, self.scales, torch.Size(batch_shape))
+        shape = torch.Size(batch_shape)
+        return NormalMixture(self.logits, self.means, self.scales, shape, self.product)
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)[:-1]
@@ -201,25 +209,31 @@ class NormalMixture(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """:param value: (..., L). :return: (...)."""
-        logits, means, scales = self.logits, self.means, self.scales
-        if not torch.is_grad_enabled():
-            # Squares of means many scales from 0 cancel: a learning has noise of its own to bear
-            # what is left of it in float32, a figure has not.
-            value, logits, means, scales = (t.double() for t in (value, logits, means, scales))
-        parts = normal_parts(value.flatten(0, -2), None, means, scales) + logits.log_softmax(-1)
-        return parts.logsumexp(-1).view(value.shape[:-1]).to(self.means.dtype)
+        z, weights = value.flatten(0, -2), self.logits.log_softmax(-1)
+        constant, factors = self.product
+        parts = torch.addmm(constant + weights, torch.cat([z, z**2], -1), factors)  # (N, K)
+        near = parts.topk(min(NEAREST, len(weights)), sorted=False).indices
+        scales = self.scales[near]  # (N, k, L)
+        distances = (z.unsqueeze(1) - self.means[near]) / scales
+        constant = math.log(2 * math.pi) + 2 * scales.log()
+        exact = weights[near] - 0.5 * (distances**2 + constant).sum(-1)
+        return parts.scatter(1, near, exact).logsumexp(-1).view(value.shape[:-1])
 
 
-def normal_parts(values: Tensor, spread: Tensor | None, means: Tensor, scales: Tensor) -> Tensor:
-    """log N(z; means_k, scales_k^2), (N, K), or its mean over z ~ N(values, spread^2).
-
-    :param values: (N, L). :param spread: (N, L), or None for 0. :param means, scales: (K, L).
-    """
+def _product(means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) and (2 L, K), by which (z, z^2) becomes log N(z; means_k, scales_k^2)."""
     precision = scales**-2
-    squares = values**2 if spread is None else values**2 + spread**2
     constant = (-scales.log() - 0.5 * means**2 * precision - 0.5 * math.log(2 * math.pi)).sum(-1)
-    terms, weights = torch.cat([values, squares], -1), torch.cat([means * precision, -0.5 * precision], -1)
-    return torch.addmm(constant, terms, weights.T)
+    return constant, torch.cat([means * precision, -0.5 * precision], -1).T
+
+
+def normal_parts(values: Tensor, spread: Tensor, means: Tensor, scales: Tensor) -> Tensor:
+    """The mean of log N(z; means_k, scales_k^2) over z ~ N(values, spread^2), (N, K).
+
+    :param values, spread: (N, L). :param means, scales: (K, L).
+    """
+    constant, factors = _product(means, scales)
+    return torch.addmm(constant, torch.cat([values, values**2 + spread**2], -1), factors)
 
 
 class GaussianMixture(Fitted):

@@ -55,6 +55,10 @@ Where the fast preset leaves the paper, and why:
   of the bound (objectives/dreams.py): exact places and counts, of crowds too.
 - q(z_app | z_loc, x) reads a crop round the place, instead of a map over the whole image that is
   then looked up at n places; the sprite decoder is fully connected. Both cost a fraction a step.
+- On the paper's three data sets, whose objects come from a pool, p(z_app) is a mixture with about
+  as many components as the pool has objects, in the place of N(0, I), fitted to the guide's codes
+  once places rest and learned from then on (objectives/lavae.py). ``--prior appearance=normal``
+  puts N(0, I) back, ``--set appearance_prior=normal`` trains with it.
 - The background's mean is a small floor, not 0: one stray pixel would cost infinitely much.
 """
 
@@ -207,12 +211,13 @@ class LAVAE(SceneModel):
         with pyro.plate("images", len(x), dim=-1):
             n = pyro.sample("n", self.count_prior())  # (B,)
             used = x.new_zeros(*n.shape, size[0] * size[1])  # (B, D)
+            appearance_prior = self.appearance_prior()  # once: a large mixture is prepared
             places, appearances = [], []
             steps = max(int(n.max()), self.slots)
             for i in pyro.markov(range(steps), history=max(steps, 1)):
                 with _if_present(i, n):
                     z_loc = pyro.sample(f"z_loc_{i}", self.location_prior(used))  # (B, D)
-                    z_app = pyro.sample(f"z_app_{i}", self.appearance_prior())  # (B, L)
+                    z_app = pyro.sample(f"z_app_{i}", appearance_prior)  # (B, L)
                 if i + 1 < steps:
                     # The place it took, of a relaxed one too: USED times its tails would swamp all.
                     used = used + one_hot(z_loc.detach().argmax(-1), used.shape[-1], used.dtype)
