@@ -28,6 +28,9 @@ HIDDEN, BINS, BOUND = 64, 8, 5.0
 # Of expectation maximisation: its rounds, unless one gains less than ENOUGH nats a value before, and
 # the values times components that are in memory at a time.
 ROUNDS, ENOUGH, HELD = 20, 1e-2, 2**21
+# Of a mixture of more than MANY components the last is as wide as all values, with a mass of UNLIKE:
+# a value unlike all that it is fitted to must not cost the square of its distance in small scales.
+MANY, UNLIKE = 100, 0.02
 NEAREST = 4  # components of a mixture that are gone through by differences
 TOGETHER = 500  # means drawn at a time, at most, before that
 LEAST = 1e-3  # standard deviation of values that a prior is fitted to
@@ -263,11 +266,11 @@ class GaussianMixture(Fitted):
         :param values: (N, L), means of q(z). :param scales: their standard deviations, (N, L).
         """
         spread = torch.zeros_like(values) if scales is None else scales
-        components = len(self.means)
+        components = len(self.means) - (len(self.means) > MANY)
         means, away = _far_apart(values, components)
         deviations = (away.mean() / values.shape[1] + spread.square().mean(0)).sqrt()
         deviations = deviations.clamp(min=LEAST).expand_as(means)
-        logits, before = torch.zeros_like(self.logits), -math.inf
+        logits, before = values.new_zeros(components), -math.inf
         for _ in range(ROUNDS):
             sizes, bound = torch.zeros_like(logits), 0.0
             first, second = torch.zeros_like(means), torch.zeros_like(means)
@@ -289,8 +292,14 @@ class GaussianMixture(Fitted):
             if bound - before < ENOUGH:
                 break
             before = bound
-        for own, found in ((self.logits, logits), (self.means, means)):
-            own.copy_(found)
+        if components < len(self.means):
+            wide = (values.var(0, correction=0) + spread.square().mean(0)).sqrt()
+            mass = logits.logsumexp(0) + math.log(UNLIKE / (1 - UNLIKE))
+            logits = torch.cat([logits, mass[None]])
+            means = torch.cat([means, values.mean(0, keepdim=True)])
+            deviations = torch.cat([deviations, wide.clamp(min=LEAST)[None]])
+        self.logits.copy_(logits)
+        self.means.copy_(means)
         self.log_scales.copy_(deviations.log())
 
     def forward(self) -> dist.TorchDistribution:

@@ -185,6 +185,18 @@ def test_a_mixture_has_a_component_for_each_kind_of_object() -> None:
     assert math.log(200) - 0.1 < paid < math.log(200) + 0.3
 
 
+def test_one_of_many_components_is_wide() -> None:
+    values = 10.0 + 5.0 * torch.randn(2000, 3)
+    mixture = GaussianMixture(3, 150)
+    swaps.fit(mixture, found(values, 0.01), progress=False)
+    masses, wide = mixture.logits.softmax(0), mixture.log_scales[-1].exp()
+    assert masses[-1] == pytest.approx(0.02) and (wide > mixture.log_scales[:-1].exp()).all()
+    assert torch.allclose(wide, torch.tensor(5.0), rtol=0.1)
+    with torch.no_grad():  # 4 deviations off: at most what the wide one makes of it, and its mass
+        unlike = mixture().log_prob(torch.full((3,), 30.0))
+    assert unlike > stats.norm.logpdf(30.0, 10.0, 5.0) * 3 + math.log(0.02) - 1.0
+
+
 def bent(size: int) -> Flow:
     """A flow that is far from the identity."""
     flow = Flow(size, 3)
