@@ -47,25 +47,27 @@ def taught(objective: LAVAEObjective, model: LAVAE, x: Tensor, step: int) -> set
 
 def test_what_learns_when() -> None:
     objective, model, x = learning(dreams=10, rest_from=0.6, fit_from=0.8)
-    assert (objective.awake, objective.resting, objective.fits) == (50, 60, 80)
+    assert (objective.resting, objective.dreaming, objective.fits) == (60, 70, 80)
     appearance = {"appearance_net", "sprite_net"}
-    for step in (0, 49):
+    for step in (0, 59):
         assert taught(objective, model, x, step) >= appearance | {"location_net"}
         assert "appearance_prior" not in taught(objective, model, x, step)
-    for step in (50, 59):
-        assert taught(objective, model, x, step) == {"location_net"}
-    for step in (60, 79):
+    for step in (60, 69):
         assert taught(objective, model, x, step) >= appearance
         assert not {"location_net", "appearance_prior"} & taught(objective, model, x, step)
+    for step in (70, 79):
+        assert taught(objective, model, x, step) == {"location_net"}
     for step in (80, 99):
         assert taught(objective, model, x, step) >= appearance | {"appearance_prior"}
         assert "location_net" not in taught(objective, model, x, step)
 
 
 def test_rates_go_on_falling_while_places_rest() -> None:
-    objective, _, _ = learning(dreams=10, rest_from=0.6, fit_from=0.8, ramp=0, decay_from=0.0)
+    objective, _, _ = learning(
+        dreams=10, rest_from=0.6, fit_from=0.8, ramp=0, decay_from=0.0, dream_learning_rate=0.5)
     rates = [objective.learning_rates(step) for step in range(100)]
-    assert rates[49]["location"] == pytest.approx(0.01 * 1e-3, rel=0.2)
+    assert rates[59]["location"] == pytest.approx(0.01 * 1e-3, rel=0.2)
+    assert rates[70]["location"] == 0.5 and rates[79]["location"] < 0.05
     appearance = [rate["rest"] for rate in rates]
     assert appearance == sorted(appearance, reverse=True)
     assert appearance[50] == pytest.approx(0.505 * 5e-3, rel=1e-3) and appearance[99] < 1e-4
@@ -132,7 +134,7 @@ def test_networks_of_appearance_may_begin_again() -> None:
     config = make_config(
         "lavae", "multi-dsprites", settings=(*settings, "appearance_anew=true"), steps=8, seed=3)
     run = Run(config, "cpu")
-    assert run.objective.renews == 4
+    assert run.objective.renews == 4 and run.objective.dreaming == 5
     starts = {k: v.clone() for k, v in run.model.state_dict().items()}
     renewed: list[dict[str, Tensor]] = []
     renew = run.model.renew

@@ -54,7 +54,7 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
-    # In the last so many steps before places rest, or a sixth of all, the location map alone learns,
+    # In the last so many steps before the fit, or a sixth of all, the location map alone learns,
     dreams: int = 0
     dream_learning_rate: float = 3e-4  # this fast, from dreams
     rest_from: float = 1.0  # part of the training after which places rest
@@ -102,8 +102,9 @@ PRESETS = {"fast": LAVAESchedule(dreams=500), "paper": PAPER}
 class LAVAEObjective(Objective):
     """The ELBO (eq. 6) with the warm-up of appendix B, a sleep phase (dreams.py), and places at rest.
 
-    First all learns by the ELBO, then the location map alone, from dreams, and then all but the
-    location map: a step costs half. Up to ``fits`` the prior of appearances is N(0, I). While places
+    First all learns by the ELBO, then all but the location map, where a step costs half, then the
+    location map alone, from dreams, for which sprites are good by now, and again all but it. Up to
+    ``fits`` the prior of appearances is N(0, I). While places
     rest its divergence weighs ``appearance_beta``. If that is little, codes tell all that they can,
     which the prior that is then fitted to them (a mixture, for objects of a finite number) has
     cheaply. Before, places would not become sharp: where codes are cheap they tell offsets too.
@@ -114,32 +115,37 @@ class LAVAEObjective(Objective):
         super().__init__(schedule, model, steps)
         self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
         self.modules["auxiliary"] = self.auxiliary
-        # The first step in which places rest, and before that, the first of a dream.
-        self.resting = round(min(schedule.rest_from, 1.0) * steps)
-        self.awake = self.resting - min(schedule.dreams, steps // SLEEP, self.resting)
+        end = steps
         if schedule.fit_from < 1:
-            self.fits = round(schedule.fit_from * steps)
-        if schedule.appearance_anew and self.resting < steps:
+            self.fits = end = round(schedule.fit_from * steps)
+        # The first step of each phase: of dreams, and of places at rest.
+        self.dreaming, self.waking = end - min(schedule.dreams, steps // SLEEP, end), end
+        self.resting = min(round(min(schedule.rest_from, 1.0) * steps), self.dreaming)
+        if schedule.appearance_anew and self.resting < self.dreaming:
             self.renews = self.resting
 
     def sleeps(self, step: int) -> bool:
-        return self.awake <= step < self.resting
+        return self.dreaming <= step < self.waking
 
     def rests(self, step: int) -> bool:
-        return self.resting <= step and self.resting < self.steps
+        return self.resting <= step < self.steps and not self.sleeps(step)
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        s, awake = self.schedule, self.awake
-        factor = decayed(step, awake, s.ramp, s.decay_from, s.decay_to)
-        location = factor * s.location_learning_rate
+        s = self.schedule
+        # What learns up to the end of the training, and what does up to the rest of places.
+        last = self.dreaming if self.waking == self.steps else self.steps
+        long, short = (
+            decayed(step, steps, s.ramp, s.decay_from, s.decay_to) for steps in (last, self.resting)
+        )
+        location = short * s.location_learning_rate
         if self.sleeps(step):
-            part = decayed(step - awake, self.resting - awake, s.ramp, 0.0, s.decay_to)
+            lasting = self.waking - self.dreaming
+            part = decayed(step - self.dreaming, lasting, s.ramp, 0.0, s.decay_to)
             location = part * s.dream_learning_rate
-        last = awake if self.resting == self.steps else self.steps
         return {
             "location": location,
-            "prior": factor * s.prior_learning_rate,
-            "rest": decayed(step, last, s.ramp, s.decay_from, s.decay_to) * s.learning_rate,
+            "prior": short * s.prior_learning_rate,
+            "rest": long * s.learning_rate,
             "auxiliary": s.auxiliary_learning_rate,
         }
 
@@ -160,7 +166,7 @@ class LAVAEObjective(Objective):
                 )
             target = self.location_target(self.auxiliary.kl_map(x), (x.shape[-2], x.shape[-1]))
         forced = 1 - (1 - s.one_object_left) * linear(step, s.one_object, s.one_object_end)
-        probe = s.probe * (1 - linear(step, 0, self.awake))
+        probe = s.probe * (1 - linear(step, 0, self.resting))
         located = step < s.location_settled or step % s.location_every == 0
         located = located and not self.rests(step)
         unfitted = self.fits is not None and step < self.fits
