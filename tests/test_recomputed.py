@@ -27,6 +27,7 @@ from pyro_scenes.config import make_config
 from pyro_scenes.data import SceneData, load
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.models import MODELS, GenerativeModel
+from pyro_scenes.priors import GaussianMixture, StandardNormal
 
 Array = NDArray[np.float64]
 IMAGES, PARTICLES = 12, 6
@@ -141,6 +142,17 @@ def stamped(sprite: Array, place: int, size: tuple[int, int]) -> Array:
     return canvas[:, half:-half, half:-half]
 
 
+def of_appearance(model, z: Array) -> float:
+    """log p(z_app), of (L,)."""
+    prior = model.appearance_prior
+    if isinstance(prior, StandardNormal):
+        return standard(z)
+    assert isinstance(prior, GaussianMixture)
+    logits, means, log_scales = (plain(value) for value in prior.parameters())  # (K,), (K, L)
+    parts = normal(z, means, np.exp(log_scales))
+    return special.logsumexp(parts + special.log_softmax(logits))
+
+
 def decoded(model, z: Array) -> Array:
     net = model.sprite_net
     return sigmoid(net.net, z).reshape(-1, *net.shape)
@@ -165,7 +177,8 @@ def lavae_terms(model, x: Array, notes: Notes) -> dict[str, Array]:
             z = notes.values[f"z_app_{i}"][k, b]
             terms["z_loc"][k, b] += -math.log(left.size - i) - (
                 left[place] - special.logsumexp(left))
-            terms["z_app"][k, b] += standard(z) - normal(z, means[listed], scales[listed])
+            own = normal(z, means[listed], scales[listed])
+            terms["z_app"][k, b] += of_appearance(model, z) - own
             canvas[k, b] += stamped(decoded(model, z[None])[0], place, size)
             left, listed = shut(left, place, size[1], c.blocked_window), listed + 1
     terms["reconstruction"] = of_image(model, x, canvas)

@@ -55,10 +55,10 @@ Where the fast preset leaves the paper, and why:
   of the bound (objectives/dreams.py): exact places and counts, of crowds too.
 - q(z_app | z_loc, x) reads a crop round the place, instead of a map over the whole image that is
   then looked up at n places; the sprite decoder is fully connected. Both cost a fraction a step.
-- On the paper's three data sets, whose objects come from a pool, p(z_app) is a mixture with about
-  as many components as the pool has objects, in the place of N(0, I), fitted to the guide's codes
-  once places rest and learned from then on (objectives/lavae.py). ``--prior appearance=normal``
-  puts N(0, I) back, ``--set appearance_prior=normal`` trains with it.
+- p(z_app) is N(0, I) unless a training asks for another. Objects of a pool, as the paper's are,
+  are best served by a mixture with a component or more for each of them, which is fitted to the
+  guide's codes when places rest (objectives/lavae.py); ``--prior appearance=normal`` puts N(0, I)
+  back in its place.
 - The background's mean is a small floor, not 0: one stray pixel would cost infinitely much.
 """
 
