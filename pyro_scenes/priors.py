@@ -25,11 +25,12 @@ NEVER = -1e30
 # Of a flow: hidden units of its networks, bins of its splines, and how far these reach, in
 # standard deviations.
 HIDDEN, BINS, BOUND = 64, 8, 5.0
-# Of expectation maximisation: its rounds, unless one gains less than ENOUGH nats a value before, and
-# the values times components that are in memory at a time.
+# Of expectation maximisation: its rounds, unless one gains less than ENOUGH nats a value before,
+# and the values times components that are in memory at a time.
 ROUNDS, ENOUGH, HELD = 20, 1e-2, 2**21
-# Of a mixture of more than MANY components the last is as wide as all values, with a mass of UNLIKE:
-# a value unlike all that it is fitted to must not cost the square of its distance in small scales.
+# Of a mixture of more than MANY components the last is as wide as all values, with a mass of
+# UNLIKE: a value unlike all that it is fitted to must not cost the square of its distance in small
+# scales.
 MANY, UNLIKE = 100, 0.02
 NEAREST = 4  # components of a mixture that are gone through by differences
 TOGETHER = 500  # means drawn at a time, at most, before that
@@ -184,8 +185,8 @@ class NormalMixture(TorchDistribution):
     """A mixture of K diagonal normal distributions of L dimensions; draws have no gradient.
 
     A density takes a product of matrices, where `dist.MixtureSameFamily` makes K L numbers a value.
-    That product is a difference of squares, which float32 does not know well many scales from 0: the
-    NEAREST components are gone through again by differences.
+    That product is a difference of squares, which float32 does not know well many scales from 0:
+    the NEAREST components are gone through again by differences.
 
     :param logits: (K,). :param means: (K, L). :param scales: (K, L).
     """
@@ -259,40 +260,11 @@ class GaussianMixture(Fitted):
 
     @torch.no_grad()
     def begin(self, values: Tensor, scales: Tensor | None = None) -> None:
-        """Expectation maximisation of E_q[log p(z)], from means at values far from each other.
-
-        A component's variance is as if it had one value more, at its mean, of the mean spread.
-
-        :param values: (N, L), means of q(z). :param scales: their standard deviations, (N, L).
-        """
+        """:param values: (N, L), means of q(z). :param scales: their deviations, (N, L)."""
         spread = torch.zeros_like(values) if scales is None else scales
-        components = len(self.means) - (len(self.means) > MANY)
-        means, away = _far_apart(values, components)
-        deviations = (away.mean() / values.shape[1] + spread.square().mean(0)).sqrt()
-        deviations = deviations.clamp(min=LEAST).expand_as(means)
-        logits, before = values.new_zeros(components), -math.inf
-        for _ in range(ROUNDS):
-            sizes, bound = torch.zeros_like(logits), 0.0
-            first, second = torch.zeros_like(means), torch.zeros_like(means)
-            for z, s in zip(*(v.split(max(1, HELD // components)) for v in (values, spread)),
-                            strict=True):
-                parts = normal_parts(z, s, means, deviations) + logits.log_softmax(-1)  # (n, K)
-                log_density = parts.logsumexp(-1, keepdim=True)
-                bound += float(log_density.sum()) / len(values)
-                shares = parts.sub_(log_density).exp_()
-                sizes += shares.sum(0)
-                first += shares.T @ z
-                second += shares.T @ (z**2 + s**2)
-            filled = sizes.clamp(min=1e-6).unsqueeze(1)
-            means = torch.where(filled > 1e-3, first / filled, means)  # one without values stays
-            squares = (second - 2 * means * first + means**2 * sizes.unsqueeze(1)).clamp(min=0)
-            deviations = (squares + spread.square().mean(0)) / (sizes.unsqueeze(1) + 1)
-            deviations = deviations.sqrt().clamp(min=LEAST)
-            logits = (sizes + 1 / components).log()
-            if bound - before < ENOUGH:
-                break
-            before = bound
-        if components < len(self.means):
+        many = len(self.means) > MANY
+        logits, means, deviations = maximised(values, spread, len(self.means) - many)
+        if many:
             wide = (values.var(0, correction=0) + spread.square().mean(0)).sqrt()
             mass = logits.logsumexp(0) + math.log(UNLIKE / (1 - UNLIKE))
             logits = torch.cat([logits, mass[None]])
@@ -304,6 +276,46 @@ class GaussianMixture(Fitted):
 
     def forward(self) -> dist.TorchDistribution:
         return NormalMixture(self.logits, self.means, self.log_scales.exp())
+
+
+def maximised(
+    values: Tensor, spread: Tensor, components: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixture of the largest E_q[log p(z)] for many q, by expectation maximisation.
+
+    It starts from means at values far from each other. A component's variance is as if it had one
+    value more, at its mean, of the mean spread.
+
+    :param values: (N, L), means of q(z). :param spread: their standard deviations, (N, L).
+    :return: logits (K,), means (K, L) and standard deviations (K, L).
+    """
+    means, away = _far_apart(values, components)
+    deviations = (away.mean() / values.shape[1] + spread.square().mean(0)).sqrt()
+    deviations = deviations.clamp(min=LEAST).expand_as(means)
+    logits, before = values.new_zeros(components), -math.inf
+    for _ in range(ROUNDS):
+        sizes, bound = torch.zeros_like(logits), 0.0
+        first, second = torch.zeros_like(means), torch.zeros_like(means)
+        rows = max(1, HELD // components)
+        for z, s in zip(values.split(rows), spread.split(rows), strict=True):
+            parts = normal_parts(z, s, means, deviations) + logits.log_softmax(-1)  # (n, K)
+            log_density = parts.logsumexp(-1, keepdim=True)
+            bound += float(log_density.sum()) / len(values)
+            shares = parts.sub_(log_density).exp_()
+            sizes += shares.sum(0)
+            first += shares.T @ z
+            second += shares.T @ (z**2 + s**2)
+        number = sizes.unsqueeze(1)
+        # One without values stays where it is.
+        means = torch.where(number > 1e-3, first / number.clamp(min=1e-6), means)
+        squares = (second - 2 * means * first + means**2 * number).clamp(min=0)
+        deviations = (squares + spread.square().mean(0)) / (number + 1)
+        deviations = deviations.sqrt().clamp(min=LEAST)
+        logits = (sizes + 1 / components).log()
+        if bound - before < ENOUGH:
+            break
+        before = bound
+    return logits, means, deviations
 
 
 def _far_apart(values: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def stamped(sprite: Array, place: int, size: tuple[int, int]) -> Array:
     return canvas[:, half:-half, half:-half]
 
 
-def of_appearance(model, z: Array) -> float:
+def of_appearance(model, z: Array) -> Array:
     """log p(z_app), of (L,)."""
     prior = model.appearance_prior
     if isinstance(prior, StandardNormal):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pyro_scenes.models import GenerativeModel
 
-
 LEAST = 1e-6  # weight of a density: Pyro refuses a scale of 0
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_scenes.models.conv_vae import ConvVAE
 from pyro_scenes.objectives.base import LEAST, Objective, Weighted, linear, surrogate
 
+
 @dataclass(frozen=True)
 class ConvVAESchedule:
     """Annealing of the convolutional VAE's training; defaults are the fast preset's. In steps."""

@@ -100,15 +100,17 @@ PRESETS = {"fast": LAVAESchedule(dreams=500), "paper": PAPER}
 
 
 class LAVAEObjective(Objective):
-    """The ELBO (eq. 6) with the warm-up of appendix B, a sleep phase (dreams.py), and places at rest.
+    """The ELBO (eq. 6), with the warm-up of appendix B, places at rest, and a sleep phase.
 
     First all learns by the ELBO, then all but the location map, where a step costs half, then the
-    location map alone, from dreams, for which sprites are good by now, and again all but it. Up to
-    ``fits`` the prior of appearances is N(0, I). While places
-    rest its divergence weighs ``appearance_beta``. If that is little, codes tell all that they can,
-    which the prior that is then fitted to them (a mixture, for objects of a finite number) has
-    cheaply. Before, places would not become sharp: where codes are cheap they tell offsets too.
-    Networks that have learnt to say little do not unlearn it soon: ``appearance_anew``.
+    location map alone, from dreams (dreams.py), for which sprites are good by now, and again all
+    but it.
+
+    Up to ``fits`` the prior of appearances is N(0, I). While places rest its divergence weighs
+    ``appearance_beta``. If that is little, codes tell all that they can, which the prior that is
+    then fitted to them (a mixture, for objects of a finite number) has cheaply. Before, places
+    would not become sharp: where codes are cheap they tell offsets too. Networks that have learnt
+    to say little do not unlearn it soon: ``appearance_anew``.
     """
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
