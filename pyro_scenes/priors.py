@@ -119,11 +119,11 @@ class FittedCount(Fitted):
     1 / (N + M + 1), and an image that shows it a finite bound.
     """
 
+    climbs = False
+
     def __init__(self, limit: int):
         super().__init__()
         self.masses: Tensor = nn.Buffer(torch.full((limit + 1,), 1 / (limit + 1)))  # (M + 1,)
-
-    climbs = False
 
     def begin(self, values: Tensor, scales: Tensor | None = None) -> None:
         """:param values: (N,) long, in 0..M."""
