@@ -109,19 +109,18 @@ def save(
 @torch.no_grad()
 def rounded(model: GenerativeModel) -> GenerativeModel:
     """The model, its weights rounded in place to what 16 bits hold, of float16 where they can."""
-    for name, value in _halved(model).items():
-        model.state_dict()[name].copy_(value)
+    model.load_state_dict(_halved(model))
     return model
 
 
 def _halved(model: GenerativeModel) -> dict[str, Tensor]:
+    state = model.state_dict()
     halves = {
         name: value.half() if value.dtype == torch.float32 else value
-        for name, value in model.state_dict().items()
+        for name, value in state.items()
     }
     return {
-        name: value if value.isfinite().all() else model.state_dict()[name]
-        for name, value in halves.items()
+        name: value if value.isfinite().all() else state[name] for name, value in halves.items()
     }
 
 

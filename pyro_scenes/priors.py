@@ -219,8 +219,8 @@ class NormalMixture(TorchDistribution):
         near = parts.topk(min(NEAREST, len(weights)), sorted=False).indices
         scales = self.scales[near]  # (N, k, L)
         distances = (z.unsqueeze(1) - self.means[near]) / scales
-        constant = math.log(2 * math.pi) + 2 * scales.log()
-        exact = weights[near] - 0.5 * (distances**2 + constant).sum(-1)
+        squares = distances**2 + 2 * scales.log() + math.log(2 * math.pi)
+        exact = weights[near] - 0.5 * squares.sum(-1)
         return parts.scatter(1, near, exact).logsumexp(-1).view(value.shape[:-1])
 
 
@@ -265,17 +265,21 @@ class GaussianMixture(Fitted):
         many = len(self.means) > MANY
         logits, means, deviations = maximised(values, spread, len(self.means) - many)
         if many:
-            wide = (values.var(0, correction=0) + spread.square().mean(0)).sqrt()
             mass = logits.logsumexp(0) + math.log(UNLIKE / (1 - UNLIKE))
             logits = torch.cat([logits, mass[None]])
             means = torch.cat([means, values.mean(0, keepdim=True)])
-            deviations = torch.cat([deviations, wide.clamp(min=LEAST)[None]])
+            deviations = torch.cat([deviations, _deviation(values, spread)[None]])
         self.logits.copy_(logits)
         self.means.copy_(means)
         self.log_scales.copy_(deviations.log())
 
     def forward(self) -> dist.TorchDistribution:
         return NormalMixture(self.logits, self.means, self.log_scales.exp())
+
+
+def _deviation(values: Tensor, spread: Tensor) -> Tensor:
+    """The standard deviation (L,) of draws of many N(values, spread^2), both (N, L)."""
+    return (values.var(0, correction=0) + spread.square().mean(0)).sqrt().clamp(min=LEAST)
 
 
 def maximised(
@@ -358,11 +362,8 @@ class Flow(Fitted):
     @torch.no_grad()
     def begin(self, values: Tensor, scales: Tensor | None = None) -> None:
         """:param values: (N, L), means. :param scales: standard deviations, (N, L)."""
-        variance = values.var(0, correction=0)
-        if scales is not None:
-            variance = variance + scales.square().mean(0)
-        self.shift = values.mean(0)
-        self.scale = variance.sqrt().clamp(min=LEAST)
+        spread = torch.zeros_like(values) if scales is None else scales
+        self.shift, self.scale = values.mean(0), _deviation(values, spread)
 
     def forward(self) -> dist.TorchDistribution:
         for module in (*self.mixing, *self.splines):

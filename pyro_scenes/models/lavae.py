@@ -51,8 +51,9 @@ Where the fast preset leaves the paper, and why:
   through it is 1.1, 3 and 18 times as long for 0.2, 0.03 and 0.003, and with the limits that the
   fast preset's training sets 1.0, 0.7 and 0.45 times: it points the right way, and its length says
   little (tests/test_gradients.py).
-- At the end of a training the location network learns from scenes that the model dreams, in place
-  of the bound (objectives/dreams.py): exact places and counts, of crowds too.
+- At the end of a training, or before p(z_app) is fitted, the location network learns from scenes
+  that the model dreams, in place of the bound (objectives/dreams.py): exact places and counts, of
+  crowds too.
 - q(z_app | z_loc, x) reads a crop round the place, instead of a map over the whole image that is
   then looked up at n places; the sprite decoder is fully connected. Both cost a fraction a step.
 - p(z_app) is N(0, I) unless a training asks for another. Objects of a pool, as the paper's are,

@@ -173,7 +173,7 @@ class LAVAEObjective(Objective):
         located = located and not self.rests(step)
         unfitted = self.fits is not None and step < self.fits
         beta = s.appearance_beta if unfitted and self.rests(step) else 1.0
-        plain = {"appearance": StandardNormal(model.config.latent).to(x.device)}
+        plain = {"appearance": StandardNormal(model.config.latent).to(x.device)} if unfitted else {}
         penalty = torch.zeros(())
         inferred = 0.0
 
@@ -202,7 +202,7 @@ class LAVAEObjective(Objective):
                 slots=int(distributed.world() > 1),
             ),
             temporarily(model.likelihood, floor=floor),
-            model.priors(**plain if unfitted else {}),
+            model.priors(**plain),
             Weighted(model.appearance_site, beta),
             poutine.scale(scale=1 / len(x)),
         ):
