@@ -215,7 +215,7 @@ class NormalMixture(TorchDistribution):
         """:param value: (..., L). :return: (...)."""
         z, weights = value.flatten(0, -2), self.logits.log_softmax(-1)
         constant, factors = self.product
-        parts = torch.addmm(constant + weights, torch.cat([z, z**2], -1), factors)  # (N, K)
+        parts = _parts(z, z**2, (constant + weights, factors))  # (N, K)
         near = parts.topk(min(NEAREST, len(weights)), sorted=False).indices
         scales = self.scales[near]  # (N, k, L)
         distances = (z.unsqueeze(1) - self.means[near]) / scales
@@ -236,8 +236,13 @@ def normal_parts(values: Tensor, spread: Tensor, means: Tensor, scales: Tensor) 
 
     :param values, spread: (N, L). :param means, scales: (K, L).
     """
-    constant, factors = _product(means, scales)
-    return torch.addmm(constant, torch.cat([values, values**2 + spread**2], -1), factors)
+    return _parts(values, values**2 + spread**2, _product(means, scales))
+
+
+def _parts(z: Tensor, squares: Tensor, product: tuple[Tensor, Tensor]) -> Tensor:
+    """log N(z; means_k, scales_k^2), (N, K), of z and z^2 or of their means, (N, L) each."""
+    constant, factors = product
+    return torch.addmm(constant, torch.cat([z, squares], -1), factors)
 
 
 class GaussianMixture(Fitted):
