@@ -1001,6 +1001,36 @@ def test_a_turned_object_is_found_turned() -> None:
     assert (model.render(scene) - x).abs().max() < 0.1
 
 
+def test_the_second_look_is_at_an_object_stood_upright() -> None:
+    """By the pose that the first look gives, which here is the true one; and it tells the pose."""
+    y, x = torch.meshgrid(*[(torch.arange(24) + 0.5) / 12 - 1] * 2, indexing="ij")
+    flag = torch.exp(-8 * (x**2 + y**2)) + torch.exp(-20 * ((x - 0.5)**2 + y**2))
+    config = replace(
+        SORTING, second_look=True, glimpse=24, window=24, scale_least=0.3, scale_most=0.7,
+        isotropic=False, shear=True, attributes=1, max_objects=1,
+    )
+    model = worked(DiscreteAIR(config, (1, 64, 64)), [flag, 0.5 * flag])
+    assert isinstance(model, DiscreteAIR)
+    setattr(model, "peak", Middle())
+    where = torch.tensor([0.4, -0.7, 0.3, 0.1, -0.2, 0.5, -0.4])
+    with torch.no_grad():
+        # Translations are by short steps from the middle.
+        model.where_head.bias[:7] = where * torch.tensor([1, 1, 1, 5, 5, 1, 1])
+    seen: list[Tensor] = []
+    assert model.upright is not None
+    model.upright.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    image = model.write(flag[None, None], where[None], (64, 64))
+    found = sites(model.guide, image, {"z_pres_0": torch.tensor([[0.0, 1.0]])})
+    assert (seen[0] - flag).abs().max() < 0.1 < (seen[0] - flag.flip(1)).abs().max()
+    assert torch.allclose(found["z_where_0"]["fn"].mean, where, atol=1e-5)
+    with torch.no_grad():
+        assert model.category_head is not None
+        features = model.category_head.in_features - model.where_head.in_features
+        model.category_head.weight[:, -features:] = 0.1
+    moved = sites(model.guide, image, {"z_pres_0": torch.tensor([[0.0, 1.0]])})
+    assert (moved["z_where_0"]["fn"].mean - where).abs().min() > 1e-3
+
+
 def test_the_guide_asks_the_model_for_the_category() -> None:
     """Logits differ by what drawing the one or the other adds to the likelihood of the image."""
     model = sorting(replace(SORTING, sigma=0.5), [FRAME, 0.5 * CROSS])

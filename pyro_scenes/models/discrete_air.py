@@ -46,6 +46,8 @@ Where the fast preset leaves the paper's guide, and why; the model is the paper'
   gradient and need none, so z_cat is drawn exactly in training too: relaxed draws blend templates.
 - q(z_pres) starts from the same evidence: what the best category would add, in nats. Drawing what
   is not there would teach a template to look like the background.
+- With `second_look`, pose and attributes of each category are corrected by another picture: the
+  object stood upright in a window, by the pose that all categories share.
 - With `angles`, the angle is searched for, not regressed: a square looks the same at four angles,
   a triangle at three, and no continuous function of the picture gives one of them.
 """
@@ -100,6 +102,7 @@ class DiscreteAIRConfig:
     hidden: int = 128  # units of the LSTM
     glimpse: int = 28  # side of what it reads, pixels (fast)
     glimpse_width: int = 16  # channels (fast)
+    second_look: bool = False  # at the object stood upright (fast)
     blur: float = 3.0  # see attention.InkPeak, pixels (fast)
     shut: float = 5.0
     sure: float = 10.0  # nats that an object must add for one more in the logit of z_pres (fast)
@@ -192,15 +195,19 @@ class DiscreteAIR(Attend):
             self.peak = attention.InkPeak(c.blur, c.shut)
             self.look = nets.WindowEncoder(channels, c.glimpse, c.glimpse_width, features)
             self.turn = attention.TurnSearch(c.angles) if c.angles else None
+            self.upright = (
+                nets.WindowEncoder(channels, c.glimpse, c.glimpse_width, features)
+                if c.second_look else None
+            )
+            near = c.hidden + (2 if c.second_look else 1) * features
             if c.attributes:
-                outputs = c.classes * 2 * c.attributes
-                self.attributes_head = nn.Linear(c.hidden + features, outputs)
+                self.attributes_head = nn.Linear(near, c.classes * 2 * c.attributes)
         self.rnn = nn.LSTMCell(features + self.latents, c.hidden)
         seen = c.hidden + (0 if paper else features)
         self.presence_head = nn.Linear(seen, 1)
         self.where_head = nn.Linear(seen, 2 * where)
         # What the pose would be for each category, relative to that.
-        self.category_head = None if paper else nn.Linear(seen, c.classes * 2 * where)
+        self.category_head = None if paper else nn.Linear(near, c.classes * 2 * where)
         with torch.no_grad():
             # With the paper's networks objects are drawn before they look like any.
             self.presence_head.bias.fill_(1.0 if paper else -1.0)
@@ -315,11 +322,11 @@ class DiscreteAIR(Attend):
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
 
-    def _where(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of z_where, (N, 1 or K, D)."""
+    def _where(self, h: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z_where, (N, 1 or K, D); K with features ``near``."""
         raw = self.where_head(h).unsqueeze(1)
-        if self.category_head is not None:
-            raw = raw + self.category_head(h).unflatten(-1, (self.classes, -1))
+        if self.category_head is not None and near is not None:
+            raw = raw + self.category_head(near).unflatten(-1, (self.classes, -1))
         mean, spread = raw.chunk(2, -1)
         return mean, 0.1 * F.softplus(spread - 1.0) + 1e-3
 
@@ -350,14 +357,17 @@ class DiscreteAIR(Attend):
         :param left: (N, C, H, W). :param h: (N, h). :param centre: (N, 2), of the glimpse.
         """
         c = self.config
-        mean, scale = self._where(h)  # (N, K, D)
-        # Relative to the glimpse's centre, in units of z_where, and by short steps: it is near.
-        step = mean.new_ones(mean.shape[-1])
-        step[PLACE] = 0.2
-        mean = step * mean + F.pad(centre / SPREAD, (3, mean.shape[-1] - 5)).unsqueeze(1)
+        near = h
+        if self.upright is not None:
+            with torch.no_grad():
+                shared = _round(self._where(h)[0], centre)  # (N, 1, D)
+                upright = windows(left, to_image(*self.pose(shared)), c.glimpse).squeeze(1)
+            near = torch.cat([h, self.upright(upright)], -1)
+        mean, scale = self._where(h, near)  # (N, K, D)
+        mean = _round(mean, centre)
         attributes = None
         if c.attributes:
-            raw = self.attributes_head(h).unflatten(-1, (self.classes, -1))
+            raw = self.attributes_head(near).unflatten(-1, (self.classes, -1))
             attributes = self._attributes(raw)  # (N, K, A) each
         kinds = torch.eye(self.classes, device=h.device)
         with torch.no_grad():
@@ -415,3 +425,13 @@ class DiscreteAIR(Attend):
             drawn = name.split(".")[0] in self.decoders
             parts["model" if drawn else "guide"].append(parameter)
         return parts
+
+
+def _round(mean: Tensor, centre: Tensor) -> Tensor:
+    """z_where (N, K, D) of an object that a network has placed relative to a glimpse.
+
+    By short steps: it is near. :param centre: (N, 2), from -1 to 1 across the image.
+    """
+    step = mean.new_ones(mean.shape[-1])
+    step[PLACE] = 0.2
+    return step * mean + F.pad(centre / SPREAD, (3, mean.shape[-1] - 5)).unsqueeze(1)
