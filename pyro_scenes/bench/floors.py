@@ -23,7 +23,7 @@ from pyro_scenes.data import make
 from pyro_scenes.data.npz import save_npz
 from pyro_scenes.training import Run
 
-# A shipped training of each model, whose last step is taken again.
+# A shipped training of each model, whose middle step is taken again: at the end some parts rest.
 TRAININGS = (
     "lavae-multi-dsprites", "discrete-air-multi-sprites", "air-multi-sprites",
     "conv-vae-multi-dsprites",
@@ -48,12 +48,12 @@ class Operations(TorchDispatchMode):
         return out
 
 
-class LastStep:
-    """The last step of a shipped training, as often as wanted."""
+class MiddleStep:
+    """The step in the middle of a shipped training, as often as wanted."""
 
     def __init__(self, name: str, device: torch.device):
         shipped = checkpoint.load(name)
-        self.last = shipped.config.train.steps - 1
+        self.middle = shipped.config.train.steps // 2
         scenes = make(shipped.config.data, IMAGES, segmentation=False)
         with TemporaryDirectory() as folder:
             path = Path(folder) / "scenes.npz"
@@ -62,7 +62,7 @@ class LastStep:
         self.run.model.load_state_dict(shipped.model.state_dict())
 
     def __call__(self) -> None:
-        self.run.step = self.last
+        self.run.step = self.middle
         self.run.advance()
 
     def operations(self) -> Mapping[torch.dtype, int]:
@@ -74,7 +74,7 @@ class LastStep:
 def compare(rounds: int, device: torch.device) -> dict:
     """For each model: operations of a step, its seconds, and the floor's part of them."""
     names = [name for name in TRAININGS if name in checkpoint.shipped()]
-    steps = {name: LastStep(name, device) for name in names}
+    steps = {name: MiddleStep(name, device) for name in names}
     operations = {name: step.operations() for name, step in steps.items()}
     matrices = {
         dtype: torch.randn(SIDE, SIDE, device=device).to(dtype)
