@@ -322,11 +322,8 @@ class DiscreteAIR(Attend):
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
 
-    def _where(self, h: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of z_where, (N, 1 or K, D); K with features ``near``."""
-        raw = self.where_head(h).unsqueeze(1)
-        if self.category_head is not None and near is not None:
-            raw = raw + self.category_head(near).unflatten(-1, (self.classes, -1))
+    def _where(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z_where, (..., D), of (..., 2 D)."""
         mean, spread = raw.chunk(2, -1)
         return mean, 0.1 * F.softplus(spread - 1.0) + 1e-3
 
@@ -340,7 +337,7 @@ class DiscreteAIR(Attend):
     ) -> None:
         """The paper's order: place first, then what the window there shows."""
         here, side = found["here"], self.config.window
-        mean, scale = (v.view(*here.shape, -1) for v in self._where(h))
+        mean, scale = (v.view(*here.shape, -1) for v in self._where(self.where_head(h)))
         found["z_where"] = choose(f"z_where_{t}", dist.Normal(mean, scale).to_event(1), here)
         transform = to_image(*self.pose(found["z_where"].flatten(0, -2)))
         code = self.code(self.encoder(warp(left, transform, (side, side))))
@@ -357,13 +354,15 @@ class DiscreteAIR(Attend):
         :param left: (N, C, H, W). :param h: (N, h). :param centre: (N, 2), of the glimpse.
         """
         c = self.config
-        near = h
+        assert self.category_head is not None
+        raw, near = self.where_head(h).unsqueeze(1), h  # (N, 1, 2 D), of all categories
         if self.upright is not None:
             with torch.no_grad():
-                shared = _round(self._where(h)[0], centre)  # (N, 1, D)
+                shared = _round(self._where(raw)[0], centre)  # (N, 1, D)
                 upright = windows(left, to_image(*self.pose(shared)), c.glimpse).squeeze(1)
             near = torch.cat([h, self.upright(upright)], -1)
-        mean, scale = self._where(h, near)  # (N, K, D)
+        raw = raw + self.category_head(near).unflatten(-1, (self.classes, -1))
+        mean, scale = self._where(raw)  # (N, K, D)
         mean = _round(mean, centre)
         attributes = None
         if c.attributes:
