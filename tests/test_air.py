@@ -700,6 +700,28 @@ def test_categories_are_given_a_start_as_long_as_is_asked() -> None:
     assert notes == [(0.0, True), (1.0, True), (1.0, False)]
 
 
+def test_an_object_costs_a_penalty_that_rises_in_training_alone() -> None:
+    """8 nats from step 30 on, and a quarter of that at step 15."""
+    model = DiscreteAIR(DISCRETE, SHAPE)
+    counts = torch.arange(model.steps + 1.0)
+    schedule = DiscreteAIRSchedule(penalty=8.0, penalty_begin=10, penalty_end=30)
+    objective = DiscreteAIRObjective(schedule, model, 100)
+    notes = spied(objective.elbo, lambda: model.count_prior().log_prob(counts).exp().tolist())
+    for step in (5, 15, 40):
+        objective.backward(model, torch.rand(2, *SHAPE), step)
+    for found, cost in zip(notes, (0.0, 2.0, 8.0), strict=True):
+        more = 0.4 * math.exp(-cost)
+        assert found == pytest.approx([1 - more, more * (1 - more), more**2], rel=1e-4)
+    assert model.count_prior.masses.tolist() == pytest.approx([0.6, 0.24, 0.16])
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 41.0])
+def test_penalties_that_float32_has_no_room_for_are_refused(penalty) -> None:
+    model = DiscreteAIR(replace(DISCRETE, max_objects=2), SHAPE)
+    with pytest.raises(UserError, match="penalty must lie between 0 and 40 nats"):
+        DiscreteAIRObjective(DiscreteAIRSchedule(penalty=penalty), model, 100)
+
+
 @pytest.mark.parametrize("fast", ["discrete-air", "air"])
 def test_losses_and_gradients_are_means_over_images(fast) -> None:
     """Those of a batch a hundred times as large are the same, but for the noise."""
@@ -1001,12 +1023,13 @@ def test_a_turned_object_is_found_turned() -> None:
     assert (model.render(scene) - x).abs().max() < 0.1
 
 
-def test_the_second_look_is_at_an_object_stood_upright() -> None:
-    """By the pose that the first look gives, which here is the true one; and it tells the pose."""
+@pytest.mark.parametrize("looks", [1, 2])
+def test_further_looks_are_at_an_object_stood_upright(looks) -> None:
+    """By the pose that the looks before give, in the end the true one; and they tell the pose."""
     y, x = torch.meshgrid(*[(torch.arange(24) + 0.5) / 12 - 1] * 2, indexing="ij")
     flag = torch.exp(-8 * (x**2 + y**2)) + torch.exp(-20 * ((x - 0.5)**2 + y**2))
     config = replace(
-        SORTING, second_look=True, glimpse=24, window=24, scale_least=0.3, scale_most=0.7,
+        SORTING, looks=looks, glimpse=24, window=24, scale_least=0.3, scale_most=0.7,
         isotropic=False, shear=True, attributes=1, max_objects=1,
     )
     model = worked(DiscreteAIR(config, (1, 64, 64)), [flag, 0.5 * flag])
@@ -1016,12 +1039,17 @@ def test_the_second_look_is_at_an_object_stood_upright() -> None:
     with torch.no_grad():
         # Translations are by short steps from the middle.
         model.where_head.bias[:7] = where * torch.tensor([1, 1, 1, 5, 5, 1, 1])
+        if model.again_head is not None:  # half of it is left to the look upright
+            model.where_head.bias[:7] *= 0.5
+            model.again_head.bias.copy_(model.where_head.bias)
     seen: list[Tensor] = []
     assert model.upright is not None
     model.upright.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     image = model.write(flag[None, None], where[None], (64, 64))
     found = sites(model.guide, image, {"z_pres_0": torch.tensor([[0.0, 1.0]])})
-    assert (seen[0] - flag).abs().max() < 0.1 < (seen[0] - flag.flip(1)).abs().max()
+    assert len(seen) == looks
+    assert all((other - flag).abs().max() > 0.1 for other in (*seen[:-1], seen[-1].flip(-1)))
+    assert (seen[-1] - flag).abs().max() < 0.1
     assert torch.allclose(found["z_where_0"]["fn"].mean, where, atol=1e-5)
     with torch.no_grad():
         assert model.category_head is not None
@@ -1029,6 +1057,28 @@ def test_the_second_look_is_at_an_object_stood_upright() -> None:
         model.category_head.weight[:, -features:] = 0.1
     moved = sites(model.guide, image, {"z_pres_0": torch.tensor([[0.0, 1.0]])})
     assert (moved["z_where_0"]["fn"].mean - where).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("gap", [7, 9])
+def test_objects_that_touch_are_looked_at_apart(gap) -> None:
+    """The peak of the ink of both lies between them; what is found there is another shape."""
+    pair = painted((32, 32), [(11, 15, FRAME), (11 + gap, 15, CROSS)]).clamp(max=1)
+    x = torch.stack([pair, painted((32, 32), [(11, 15, FRAME)])])
+    found, trained = {}, []
+    for rounds in (0, 1, 2):
+        model = sorting(replace(SORTING, max_objects=2, blur=4.0, rounds=rounds))
+        found[rounds] = scene = model.infer(x)
+        assert scene.counts.tolist() == [2, 1] and scene.kind[1].tolist() == [0, -1]
+        if rounds:
+            assert scene.kind[0].tolist() == [0, 1]
+            assert scene.where[0, 0].tolist() == pytest.approx([11, 15], abs=0.1)
+        # A training looks once, whatever the rounds.
+        model.temperature = 0.5
+        torch.manual_seed(0)
+        trained.append(sites(model.guide, x, {})["z_where_0"]["fn"].mean)
+        assert torch.equal(trained[-1], trained[0])
+    assert found[0].kind[0, 0] == 1 and abs(found[0].where[0, 0, 0] - 11) > 1
+    assert torch.equal(found[0].where[1, :1], found[2].where[1, :1])
 
 
 def test_the_guide_asks_the_model_for_the_category() -> None:

@@ -32,9 +32,12 @@ INK = 0.3  # of 1, the least that counts as an object's in its box and segment
 def counted(here: Tensor) -> Iterator[None]:
     """Sites of an object count as much as it is there, in model and guide alike; (...) in [0, 1].
 
-    Pyro refuses a scale of 0, so that absent objects are masked too.
+    Pyro refuses a scale of 0, so that absent objects are masked too; but for a training of their
+    presence, in which they have the gradient of what they would cost.
     """
-    with poutine.mask(mask=here > 0), poutine.scale(scale=here.clamp(min=1e-6)):
+    present = here > 0 if not here.requires_grad else torch.ones_like(here, dtype=torch.bool)
+    least = (here.clamp(min=1e-6) - here).detach()
+    with poutine.mask(mask=present), poutine.scale(scale=here + least):
         yield
 
 

@@ -46,8 +46,12 @@ Where the fast preset leaves the paper's guide, and why; the model is the paper'
   gradient and need none, so z_cat is drawn exactly in training too: relaxed draws blend templates.
 - q(z_pres) starts from the same evidence: what the best category would add, in nats. Drawing what
   is not there would teach a template to look like the background.
-- With `second_look`, pose and attributes of each category are corrected by another picture: the
-  object stood upright in a window, by the pose that all categories share.
+- With `looks`, pose and attributes of each category are corrected by another picture: the object
+  stood upright in a window, by the pose that all categories share. The next look corrects this
+  pose first.
+- With `rounds`, an evaluation looks at each object but the last with the next one taken away, and
+  at that one with the first taken away, in turn. Training does without: a look costs as much as
+  an object.
 - With `angles`, the angle is searched for, not regressed: a square looks the same at four angles,
   a triangle at three, and no continuous function of the picture gives one of them.
 """
@@ -72,9 +76,11 @@ from pyro_scenes.models.attend import Attend, Choose, Pose, counted
 from pyro_scenes.priors import GeometricCount, StandardNormal, UniformCategory, presence_logits
 
 LIMIT = 50.0  # of how far apart the logits of a relaxed site are, in units of its temperature
+WORTH = 30.0  # nats that two objects must explain more than one, to be looked at apart
 SURE = 8.0  # limit of what evidence adds to the logit of z_pres
 ANGLE, PLACE = 2, slice(3, 5)  # the angle's and the translation's columns of z_where
 SPREAD = 0.5  # standard deviation of the translation's prior, of half the image's side
+State = tuple[Tensor, Tensor]  # of the LSTM, (N, h) each
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ class DiscreteAIRConfig:
     hidden: int = 128  # units of the LSTM
     glimpse: int = 28  # side of what it reads, pixels (fast)
     glimpse_width: int = 16  # channels (fast)
-    second_look: bool = False  # at the object stood upright (fast)
+    straight_through: bool = False  # relaxed draws are made one-hot, and keep their gradients
+    rounds: int = 0  # of looks at an object without the next, and the reverse, to evaluate (fast)
+    looks: int = 0  # at the object stood upright (fast)
     blur: float = 3.0  # see attention.InkPeak, pixels (fast)
     shut: float = 5.0
     sure: float = 10.0  # nats that an object must add for one more in the logit of z_pres (fast)
@@ -197,9 +205,9 @@ class DiscreteAIR(Attend):
             self.turn = attention.TurnSearch(c.angles) if c.angles else None
             self.upright = (
                 nets.WindowEncoder(channels, c.glimpse, c.glimpse_width, features)
-                if c.second_look else None
+                if c.looks else None
             )
-            near = c.hidden + (2 if c.second_look else 1) * features
+            near = c.hidden + (2 if c.looks else 1) * features
             if c.attributes:
                 self.attributes_head = nn.Linear(near, c.classes * 2 * c.attributes)
         self.rnn = nn.LSTMCell(features + self.latents, c.hidden)
@@ -208,10 +216,11 @@ class DiscreteAIR(Attend):
         self.where_head = nn.Linear(seen, 2 * where)
         # What the pose would be for each category, relative to that.
         self.category_head = None if paper else nn.Linear(near, c.classes * 2 * where)
+        self.again_head = None if paper or c.looks < 2 else nn.Linear(near, 2 * where)
         with torch.no_grad():
             # With the paper's networks objects are drawn before they look like any.
             self.presence_head.bias.fill_(1.0 if paper else -1.0)
-            for head in (self.where_head, self.category_head):
+            for head in (self.where_head, self.category_head, self.again_head):
                 if head is not None:
                     head.weight.zero_()
                     head.bias.zero_()
@@ -256,7 +265,11 @@ class DiscreteAIR(Attend):
             return dist.OneHotCategorical(logits=logits)
         # By the limit no coordinate of a draw underflows, whose density would be infinite.
         logits = logits.log_softmax(-1).clamp(min=-LIMIT * self.temperature)
-        return dist.RelaxedOneHotCategorical(logits.new_tensor(self.temperature), logits=logits)
+        kind = (
+            dist.RelaxedOneHotCategoricalStraightThrough if self.config.straight_through
+            else dist.RelaxedOneHotCategorical
+        )
+        return kind(logits.new_tensor(self.temperature), logits=logits)
 
     def pose(self, z_where: Tensor) -> Pose:
         c = self.config
@@ -287,6 +300,9 @@ class DiscreteAIR(Attend):
         for t in pyro.markov(range(self.steps), history=self.steps):
             left = x.repeat(len(canvas) // rows, 1, 1, 1) - canvas  # to explain, (N, C, H, W)
             centre = self.peak(left, centres) if c.networks == "fast" else None
+            if centre is not None and c.rounds and t + 1 < self.steps and self.temperature is None:
+                left = left - self._next(left, previous, state, centres)
+                centre = self.peak(left, centres)
             seen = self.look(
                 left if centre is None else attention.glimpse(left, centre, c.glimpse)
             )
@@ -322,6 +338,50 @@ class DiscreteAIR(Attend):
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
 
+    @torch.no_grad()
+    def _next(
+        self, left: Tensor, previous: Tensor, state: State | None, centres: list[Tensor]
+    ) -> Tensor:
+        """What the object after this one would draw, (N, C, H, W), if that explains enough more.
+
+        Two objects that touch look like another one until one of them is taken away.
+
+        :param left: (N, C, H, W). :param previous: (N, L), of the object before.
+        """
+        alone, place, after, then = self._likeliest(left, previous, state, centres)
+        this = alone
+        for _ in range(self.config.rounds):
+            other, *_ = self._likeliest(left - this, after, then, [*centres, place])
+            this, place, after, then = self._likeliest(left - other, previous, state, centres)
+        unlike = (left - alone).square() - (left - this - other).square()
+        worth = unlike.sum((1, 2, 3), keepdim=True) / (2 * self.config.sigma**2) > WORTH
+        return torch.where(worth, other, 0.0)
+
+    def _likeliest(
+        self, left: Tensor, previous: Tensor, state: State | None, centres: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """The next object as it is likeliest, if there is one.
+
+        :return: what it draws, (N, C, H, W), its centre, (N, 2), its latents, (N, L), and the
+            state then.
+        """
+        c, size = self.config, (left.shape[-2], left.shape[-1])
+        centre = self.peak(left, centres)
+        seen = self.look(attention.glimpse(left, centre, c.glimpse))
+        state = self.rnn(torch.cat([seen, previous], -1), state)
+        guess = self._guess(left, torch.cat([state[0], seen], -1), centre)
+        z_cat = one_hot(guess.logits.argmax(-1), self.classes, left.dtype)
+
+        def of_chosen(values: Tensor) -> Tensor:
+            return (z_cat.unsqueeze(1) @ values).squeeze(1)
+
+        z_where = of_chosen(guess.mean)
+        z_attr = None if guess.attributes is None else of_chosen(guess.attributes[0])
+        z_pres = torch.tensor([0.0, 1.0], device=left.device).expand(len(left), -1)
+        latents = [v for v in (z_pres, z_cat, z_where, z_attr) if v is not None]
+        drawn = self.write(self.templates(z_cat, z_attr), z_where, size)
+        return drawn, self.pose(z_where)[3], torch.cat(latents, -1), state
+
     def _where(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of z_where, (..., D), of (..., 2 D)."""
         mean, spread = raw.chunk(2, -1)
@@ -356,7 +416,11 @@ class DiscreteAIR(Attend):
         c = self.config
         assert self.category_head is not None
         raw, near = self.where_head(h).unsqueeze(1), h  # (N, 1, 2 D), of all categories
-        if self.upright is not None:
+        for look in range(c.looks):
+            assert self.upright is not None
+            if look:
+                assert self.again_head is not None
+                raw = raw + self.again_head(near).unsqueeze(1)
             with torch.no_grad():
                 shared = _round(self._where(raw)[0], centre)  # (N, 1, D)
                 upright = windows(left, to_image(*self.pose(shared)), c.glimpse).squeeze(1)
