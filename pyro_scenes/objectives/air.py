@@ -17,12 +17,11 @@ from pyro_scenes import distributed
 from pyro_scenes.errors import UserError
 from pyro_scenes.models.air import AIR
 from pyro_scenes.models.discrete_air import DiscreteAIR
-from pyro_scenes.objectives.base import Objective, falling, linear, surrogate, temporarily
+from pyro_scenes.objectives.base import Objective, falling, surrogate, temporarily
 from pyro_scenes.priors import GeometricCount
 
 BASELINE = 1e4  # by which gradients of AIR's baseline are made smaller
 HARDLY = 0.5  # of a category's fair share
-DEAREST = 80.0  # nats that all objects of an image may cost beyond what p(n) says
 COLDEST = 0.4  # temperature: a coordinate of a colder draw may underflow, whose density is infinite
 
 
@@ -36,9 +35,6 @@ class DiscreteAIRSchedule:
     decay_to: float = 0.02  # the part of each that is left at the end
     temperature_rate: float = 0.001  # r of max(0.5, exp(-r t)) (appendix C.4)
     temperature_end: float = 0.5
-    penalty: float = 0.0  # nats that each object costs, beyond what the model's p(n) says, at last
-    penalty_begin: int = 500
-    penalty_end: int = 2000
     attributes_from: int = 1500  # templates alone explain the images up to this step
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
@@ -85,15 +81,13 @@ class Rescue(nn.Module):
 class DiscreteAIRObjective(Objective):
     """The ELBO with relaxed z_cat and z_pres, KL by Monte Carlo (section 2.3, appendix C).
 
-    :raises UserError: for a temperature or a penalty that float32 has no room for.
+    :raises UserError: for a temperature that float32 has no room for.
     """
 
     def __init__(self, schedule: DiscreteAIRSchedule, model: DiscreteAIR, steps: int):
         super().__init__(schedule, model, steps)
         if schedule.temperature_end < COLDEST:
             raise UserError(f"temperature_end must be at least {COLDEST} for discrete-air")
-        if not 0 <= schedule.penalty <= DEAREST / model.steps:
-            raise UserError(f"penalty must lie between 0 and {DEAREST / model.steps:g} nats")
         self.rescue = Rescue(model.classes, schedule.rescue, schedule.balance)
         self.modules["rescue"] = self.rescue
 
@@ -120,10 +114,6 @@ class DiscreteAIRObjective(Objective):
             "attributes_on": float(not early),
             "start": self.rescue.start.clone() if started and (s.rescue or s.balance) else None,
         }
-        if s.penalty:
-            cost = s.penalty * linear(step, s.penalty_begin, s.penalty_end)
-            more = model.config.more * math.exp(-cost)
-            settings["count_prior"] = GeometricCount(more, model.steps).to(x.device)
         with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
             figure, loss = surrogate(self.elbo, model.model, guide, x)
         if started:
