@@ -350,7 +350,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("preset, settings", [
-    ("fast", ["grid_width=32"]),
+    ("fast", ["grid_width=32", "batch_size=64"]),
     ("paper", ["grid_width=16", "learning_rate=5e-3", "optimizer=adam"]),
 ])
 def test_a_short_training_learns(preset, settings, squares, tmp_path) -> None:

@@ -23,7 +23,7 @@ class ConvVAESchedule:
     decay_from: float = 0.5  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end
     beta_begin: int = 0  # beta is 0 up to this step,
-    beta_end: int = 3500  # rises in a straight line, and is 1 from this one on
+    beta_end: int = 4000  # rises in a straight line, and is 1 from this one on
 
 
 PRESETS = {
