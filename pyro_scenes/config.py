@@ -85,7 +85,10 @@ LEAST = {
     **dict.fromkeys(("floor", "likelihood_floor"), 1e-7),
 }
 # What would take memory or time without end if it were larger, whoever asks for it.
-MOST = {"grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999}
+MOST = {
+    "grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999, "looks": 100,
+    "rounds": 100,
+}
 LARGEST = 2**16  # of any other whole number in a network's settings, and of an image's sides
 LAYERS = 100  # numbers in one setting
 
