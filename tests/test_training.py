@@ -403,6 +403,28 @@ def images(batch: int = 4) -> Tensor:
     return torch.from_numpy(scenes(batch)["images"]).permute(0, 3, 1, 2) / 255
 
 
+def test_an_exact_divergence_of_appearances_is_the_mean_of_drawn_ones() -> None:
+    """Loss and gradients of the appearances' encoder, over the same draws of all else."""
+    found = []
+    for exact in (False, True):
+        trained, model = objective(
+            exact_divergence=exact, warmup_full=0, warmup_end=0, one_object_left=1.0
+        )
+        weights = [w for name, w in model.named_parameters() if name.startswith("appearance_net")]
+        rows = []
+        for seed in range(300):
+            torch.manual_seed(seed)
+            model.zero_grad()
+            loss = torch.tensor([trained.backward(model, images(8), 50)["loss"]])
+            rows.append(torch.cat([loss, *(w.grad.flatten() for w in weights)]))
+        found.append(torch.stack(rows).double())
+    difference = found[1] - found[0]
+    error = difference.std(0) / math.sqrt(len(difference))
+    assert error[0] > 0 and (error > 0).double().mean() > 0.5
+    assert (difference.mean(0).abs() < 5 * error + 1e-5).all()
+    assert found[1].std(0).norm() < found[0].std(0).norm()
+
+
 @pytest.mark.parametrize("step, left, part", [
     (0, 0.0, 1.0), (4, 0.0, 1.0), (7, 0.0, 0.5), (10, 0.0, 0.0), (99, 0.3, 0.3)])
 def test_one_object_is_forced_at_first(step, left, part) -> None:
