@@ -35,7 +35,7 @@ def counted(here: Tensor) -> Iterator[None]:
     Pyro refuses a scale of 0, so that absent objects are masked too; but for a training of their
     presence, in which they have the gradient of what they would cost.
     """
-    present = here > 0 if not here.requires_grad else torch.ones_like(here, dtype=torch.bool)
+    present = (here > 0) | here.requires_grad
     least = (here.clamp(min=1e-6) - here).detach()
     with poutine.mask(mask=present), poutine.scale(scale=here + least):
         yield

@@ -302,21 +302,15 @@ class DiscreteAIR(Attend):
         here, canvas = x.new_ones(rows), torch.zeros_like(x)
         previous, state = x.new_zeros(rows, self.latents), None
         centres: list[Tensor] = []
+        apart = c.networks == "fast" and c.rounds > 0 and self.temperature is None
         steps = []
         for t in pyro.markov(range(self.steps), history=self.steps):
             left = x.repeat(len(canvas) // rows, 1, 1, 1) - canvas  # to explain, (N, C, H, W)
-            centre = self.peak(left, centres) if c.networks == "fast" else None
-            if centre is not None and c.rounds and t + 1 < self.steps and self.temperature is None:
+            if apart and t + 1 < self.steps:
                 left = left - self._next(left, previous, state, centres)
-                centre = self.peak(left, centres)
-            seen = self.look(
-                left if centre is None else attention.glimpse(left, centre, c.glimpse)
-            )
-            state = self.rnn(torch.cat([seen, previous], -1), state)
-            h = state[0] if centre is None else torch.cat([state[0], seen], -1)
-            presence, guess = self.presence_head(h), None
-            if centre is not None:
-                guess = self._guess(left, h, centre)
+            h, state, guess = self._look(left, previous, state, centres)
+            presence = self.presence_head(h)
+            if guess is not None:
                 evidence = guess.logits.amax(-1, keepdim=True) / c.sure
                 presence = presence + evidence.clamp(-SURE, SURE)
             logits = torch.cat([torch.zeros_like(presence), presence], -1).view(*lead, 2)
@@ -325,7 +319,8 @@ class DiscreteAIR(Attend):
             if here.shape != lead:  # particles came with the first draw
                 times, lead = here.numel() // lead.numel(), here.shape
                 left, canvas = (v.repeat(times, 1, 1, 1) for v in (left, canvas))
-                h, *state = (v.repeat(times, 1) for v in (h, *state))
+                h, *both = (v.repeat(times, 1) for v in (h, *state))
+                state = both[0], both[1]
                 guess = guess and guess.repeat(times)
             found = {"here": here, "z_pres": z_pres}
             if guess is None:
@@ -343,6 +338,24 @@ class DiscreteAIR(Attend):
                     canvas = canvas + (here[..., None, None, None] * drawn).flatten(0, -4)
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
+
+    def _look(
+        self, left: Tensor, previous: Tensor, state: State | None, centres: list[Tensor]
+    ) -> tuple[Tensor, State, Guess | None]:
+        """What the heads read, (N, h), of what is left to explain, the LSTM's state, and the guess.
+
+        :param left: (N, C, H, W). :param previous: (N, L), of the object before.
+        :return: the paper's networks guess nothing.
+        """
+        centre = self.peak(left, centres) if self.config.networks == "fast" else None
+        seen = self.look(
+            left if centre is None else attention.glimpse(left, centre, self.config.glimpse)
+        )
+        state = self.rnn(torch.cat([seen, previous], -1), state)
+        if centre is None:
+            return state[0], state, None
+        h = torch.cat([state[0], seen], -1)
+        return h, state, self._guess(left, h, centre)
 
     @torch.no_grad()
     def _next(
@@ -371,20 +384,14 @@ class DiscreteAIR(Attend):
         :return: what it draws, (N, C, H, W), its centre, (N, 2), its latents, (N, L), and the
             state then.
         """
-        c, size = self.config, (left.shape[-2], left.shape[-1])
-        centre = self.peak(left, centres)
-        seen = self.look(attention.glimpse(left, centre, c.glimpse))
-        state = self.rnn(torch.cat([seen, previous], -1), state)
-        guess = self._guess(left, torch.cat([state[0], seen], -1), centre)
+        _, state, guess = self._look(left, previous, state, centres)
+        assert guess is not None
         z_cat = one_hot(guess.logits.argmax(-1), self.classes, left.dtype)
-
-        def of_chosen(values: Tensor) -> Tensor:
-            return (z_cat.unsqueeze(1) @ values).squeeze(1)
-
-        z_where = of_chosen(guess.mean)
-        z_attr = None if guess.attributes is None else of_chosen(guess.attributes[0])
+        z_where = _of_chosen(z_cat, guess.mean)
+        z_attr = None if guess.attributes is None else _of_chosen(z_cat, guess.attributes[0])
         z_pres = torch.tensor([0.0, 1.0], device=left.device).expand(len(left), -1)
         latents = [v for v in (z_pres, z_cat, z_where, z_attr) if v is not None]
+        size = left.shape[-2], left.shape[-1]
         drawn = self.write(self.templates(z_cat, z_attr), z_where, size)
         return drawn, self.pose(z_where)[3], torch.cat(latents, -1), state
 
@@ -468,10 +475,10 @@ class DiscreteAIR(Attend):
         site = self._category(logits.view(*here.shape, -1))
         z_cat = found["z_cat"] = choose(f"z_cat_{t}", site, here)  # (..., K)
         chosen = one_hot(z_cat.detach().argmax(-1), self.classes, z_cat.dtype)
-        chosen = chosen.view(-1, 1, self.classes)
+        chosen = chosen.view(-1, self.classes)
 
         def of_chosen(values: Tensor) -> Tensor:
-            return (chosen @ values).view(*here.shape, -1)
+            return _of_chosen(chosen, values).view(*here.shape, -1)
 
         site = dist.Normal(of_chosen(guess.mean), of_chosen(guess.scale)).to_event(1)
         found["z_where"] = choose(f"z_where_{t}", site, here)
@@ -494,6 +501,11 @@ class DiscreteAIR(Attend):
             drawn = name.split(".")[0] in self.decoders
             parts["model" if drawn else "guide"].append(parameter)
         return parts
+
+
+def _of_chosen(z_cat: Tensor, values: Tensor) -> Tensor:
+    """Of values for each category (N, K, D) those for one-hot z_cat (N, K): (N, D)."""
+    return (z_cat.unsqueeze(1) @ values).squeeze(1)
 
 
 def _round(mean: Tensor, centre: Tensor) -> Tensor:
