@@ -982,10 +982,20 @@ class Middle(nn.Module):
         return torch.zeros(len(left), 2)
 
 
+def across() -> list[Tensor]:
+    """x and y, (24, 24) each, from -1 to 1."""
+    return list(torch.meshgrid(*[(torch.arange(24) + 0.5) / 12 - 1] * 2, indexing="xy"))
+
+
+def two_spots() -> Tensor:
+    """A picture, (24, 24), that looks different after any turn."""
+    x, y = across()
+    return torch.exp(-8 * (x**2 + y**2)) + torch.exp(-20 * ((x - 0.5)**2 + y**2))
+
+
 def test_a_turned_object_is_found_turned() -> None:
-    y, x = torch.meshgrid(*[(torch.arange(24) + 0.5) / 12 - 1] * 2, indexing="ij")
-    flag = torch.exp(-8 * (x**2 + y**2)) + torch.exp(-20 * ((x - 0.5)**2 + y**2))
-    flag = 0.9 * flag + 0.6 * torch.exp(-20 * ((x + 0.1)**2 + (y - 0.5)**2))
+    x, y = across()
+    flag = 0.9 * two_spots() + 0.6 * torch.exp(-20 * ((x + 0.1)**2 + (y - 0.5)**2))
     config = replace(
         SORTING, angles=36, window=24, scale_least=0.5, scale_most=0.5, blur=4.0, max_objects=1
     )
@@ -1004,8 +1014,7 @@ def test_a_turned_object_is_found_turned() -> None:
 @pytest.mark.parametrize("looks", [1, 2])
 def test_further_looks_are_at_an_object_stood_upright(looks) -> None:
     """By the pose that the looks before give, in the end the true one; and they tell the pose."""
-    y, x = torch.meshgrid(*[(torch.arange(24) + 0.5) / 12 - 1] * 2, indexing="ij")
-    flag = torch.exp(-8 * (x**2 + y**2)) + torch.exp(-20 * ((x - 0.5)**2 + y**2))
+    flag = two_spots()
     config = replace(
         SORTING, looks=looks, glimpse=24, window=24, scale_least=0.3, scale_most=0.7,
         isotropic=False, shear=True, attributes=1, max_objects=1,

@@ -112,6 +112,36 @@ def test_a_failure_is_kept_and_shown(monkeypatch) -> None:
     assert "an image shows too many objects" in Path("RESULTS.md").read_text()
 
 
+@pytest.mark.parametrize("nll,count,named", [
+    ((40.0, 50.0), (1.0, 1.0), ["nll"]),  # means are compared
+    ((40.0, 47.0), (1.0, 1.0), []),
+    ((40.0, 40.0), (0.9989, 0.9990), ["count"]),
+    ((50.0, 50.0), (0.9, 1.0), ["nll", "count"]),
+])
+def test_cells_short_of_the_paper_are_named(monkeypatch, nll, count, named) -> None:
+    """LAVAE's multi-dsprites has 43.9 nats and 0.999 of counts."""
+    runs = [
+        {"figures": {"0-3 objects": {"nll": n, "count_accuracy": c}}}
+        for n, c in zip(nll, count, strict=True)
+    ]
+    content = {"settings": {"data": "multi-dsprites", "model": "lavae"}, "runs": runs}
+    monkeypatch.setattr(suite, "_contents", lambda: {"one": content})
+    (line,) = suite._short()
+    assert all((f"the {name} of [lavae" in line) == (name in named) for name in suite.FIGURES)
+    assert ("at least as good as its paper's" in line) == (not named)
+
+
+def test_the_notes_have_the_sections_that_results_link_to() -> None:
+    """By the anchors that GitHub makes of headings."""
+    notes = (Path(__file__).parent.parent / "RUNS.md").read_text()
+    anchors = {
+        "".join(c for c in line[3:].lower().replace(" ", "-") if c.isalnum() or c == "-")
+        for line in notes.splitlines() if line.startswith("## ")
+    }
+    for link in suite.TRIED.values():
+        assert link.removeprefix("RUNS.md#") in anchors
+
+
 def test_chunk_reaches_every_evaluation_of_a_likelihood(monkeypatch) -> None:
     asked = []
 
