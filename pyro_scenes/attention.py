@@ -13,6 +13,7 @@ from pyro_scenes.affine import read
 RADII = 10  # of the polar grid
 # Its largest radius, in units of half a window: corners of what fills the window count too.
 FARTHEST = 1.1
+SORTED = 6  # times that pixels go to the nearer of two centres
 
 
 class InkPeak(nn.Module):
@@ -113,6 +114,36 @@ def glimpse(source: Tensor, centre: Tensor, side: int) -> Tensor:
     """
     scale = source.new_tensor([side / source.shape[-1], side / source.shape[-2]])
     return read(source, scale.expand_as(centre), centre, (side, side))
+
+
+@torch.no_grad()
+def halves(difference: Tensor) -> Tensor:
+    """Where the nearer of two centres of the unexplained ink is the first, (N, 1, H, W) in 0, 1.
+
+    By k-means from both sides of the middle, along the axis in which the ink is longest.
+
+    :param difference: (N, C, H, W), image less canvas.
+    """
+    height, width = difference.shape[-2:]
+    ink = difference.clamp(min=0).sum(1).flatten(1) + 1e-6  # (N, P)
+    rows, columns = torch.meshgrid(
+        *(torch.arange(side, device=ink.device, dtype=ink.dtype) for side in (height, width)),
+        indexing="ij",
+    )
+    pixels = torch.stack([columns, rows], -1).flatten(0, 1)  # (P, 2)
+    shares = ink / ink.sum(1, keepdim=True)
+    middle = shares @ pixels  # (N, 2)
+    squares = (pixels[:, :, None] * pixels[:, None]).flatten(1)  # (P, 4)
+    spread = (shares @ squares).unflatten(1, (2, 2)) - middle[:, :, None] * middle[:, None]
+    values, axes = torch.linalg.eigh(spread)
+    along = values[:, -1:].clamp(min=0).sqrt() * axes[..., -1]
+    centres = torch.stack([middle + along, middle - along], 1)  # (N, 2, 2)
+    for _ in range(SORTED):
+        first = torch.cdist(pixels, centres).argmin(-1) == 0  # (N, P)
+        parts = ink[:, None] * torch.stack([first, ~first], 1)  # (N, 2, P)
+        whole = parts.sum(-1, keepdim=True)
+        centres = torch.where(whole > 0, parts @ pixels / whole.clamp(min=1e-9), centres)
+    return first.view(-1, 1, height, width).to(difference.dtype)
 
 
 def gain(seen: Tensor, drawn: Tensor, area: Tensor, sigma: float) -> Tensor:

@@ -7,12 +7,35 @@ import torch
 from torch import Tensor
 
 from pyro_scenes.affine import to_image, to_window, warp, windows
-from pyro_scenes.attention import InkPeak, TurnSearch, gain
+from pyro_scenes.attention import InkPeak, TurnSearch, gain, halves
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+# --- halves of the ink ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(24, 36), (23, 31)])
+@pytest.mark.parametrize("second", [(22, 9, 6, 0.5), (9, 17, 5, 2.0), (21, 18, 3, 1.0)])
+def test_halves_part_what_lies_apart(size, second) -> None:
+    """What is too much on the canvas is no ink."""
+    picture = blobs(size, [(8, 8, 5, 1.0), second])
+    picture[:, 0, 0, -1] = -9.0
+    parts = halves(torch.cat([picture, picture.flip(-1), 0 * picture]))
+    assert parts.shape == (3, 1, *size) and set(parts.unique().tolist()) <= {0.0, 1.0}
+    ink = picture.clamp(min=0).sum(1, keepdim=True)
+    alone = blobs(size, [(8, 8, 5, 1.0)]).sum(1, keepdim=True)
+    for part, image, one in ((parts[:1], ink, alone), (parts[1:2], ink.flip(-1), alone.flip(-1))):
+        assert any(torch.equal(half * image, one) for half in (part, 1 - part))
+
+
+def test_halves_of_one_blob_have_as_much_ink() -> None:
+    picture = blobs((24, 36), [(10, 8, 4, 1.0), (14, 8, 4, 1.0)])  # twice as wide as high
+    share = float((halves(picture) * picture).sum() / picture.sum())
+    assert share == pytest.approx(0.5)
 
 
 # --- the peak ------------------------------------------------------------------------------------

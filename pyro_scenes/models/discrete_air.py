@@ -54,8 +54,8 @@ Where the fast preset leaves the paper's guide, and why; the model is the paper'
   stood upright in a window, by the pose that all categories share. The next look corrects this
   pose first.
 - With `rounds`, an evaluation looks at each object but the last with the next one taken away, and
-  at that one with the first taken away, in turn. Training does without: a look costs as much as
-  an object.
+  at that one with the first taken away, in turn: once as if the first had been found, and twice as
+  if it were one half of the ink. Training does without: a look costs as much as an object.
 - With `angles`, the angle is searched for, not regressed: a square looks the same at four angles,
   a triangle at three, and no continuous function of the picture gives one of them.
 """
@@ -80,7 +80,7 @@ from pyro_scenes.models.attend import Attend, Choose, Pose, counted
 from pyro_scenes.priors import GeometricCount, StandardNormal, UniformCategory, presence_logits
 
 LIMIT = 50.0  # of how far apart the logits of a relaxed site are, in units of its temperature
-WORTH = 30.0  # nats that two objects must explain more than one, to be looked at apart
+WORTH = 80.0  # nats that two objects must explain more than one, to be looked at apart
 SURE = 8.0  # limit of what evidence adds to the logit of z_pres
 ANGLE, PLACE = 2, slice(3, 5)  # the angle's and the translation's columns of z_where
 SPREAD = 0.5  # standard deviation of the translation's prior, of half the image's side
@@ -363,18 +363,30 @@ class DiscreteAIR(Attend):
     ) -> Tensor:
         """What the object after this one would draw, (N, C, H, W), if that explains enough more.
 
-        Two objects that touch look like another one until one of them is taken away.
+        Two objects that touch look like another one until one of them is taken away: first as if
+        that had been found, and as if the first were one half of the ink, and the other half.
 
         :param left: (N, C, H, W). :param previous: (N, L), of the object before.
         """
-        alone, place, after, then = self._likeliest(left, previous, state, centres)
-        this = alone
-        for _ in range(self.config.rounds):
-            other, *_ = self._likeliest(left - this, after, then, [*centres, place])
-            this, place, after, then = self._likeliest(left - other, previous, state, centres)
-        unlike = (left - alone).square() - (left - this - other).square()
-        worth = unlike.sum((1, 2, 3), keepdim=True) / (2 * self.config.sigma**2) > WORTH
-        return torch.where(worth, other, 0.0)
+        def unlike(drawn: Tensor) -> Tensor:
+            squares = (left - drawn).square().sum((1, 2, 3), keepdim=True)
+            return squares / (2 * self.config.sigma**2)  # nats
+
+        alone = self._likeliest(left, previous, state, centres)
+        half = attention.halves(left)
+        halves = (half * left, (1 - half) * left)
+        starts = alone, *(self._likeliest(part, previous, state, centres) for part in halves)
+        best, after_it = unlike(alone[0]) - WORTH, torch.zeros_like(left)
+        for this, place, latents, then in starts:
+            for _ in range(self.config.rounds):
+                other, *_ = self._likeliest(left - this, latents, then, [*centres, place])
+                this, place, latents, then = self._likeliest(
+                    left - other, previous, state, centres
+                )
+            both = unlike(this + other)
+            after_it = torch.where(both < best, other, after_it)
+            best = torch.minimum(both, best)
+        return after_it
 
     def _likeliest(
         self, left: Tensor, previous: Tensor, state: State | None, centres: list[Tensor]
