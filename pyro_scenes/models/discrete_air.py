@@ -368,24 +368,30 @@ class DiscreteAIR(Attend):
 
         :param left: (N, C, H, W). :param previous: (N, L), of the object before.
         """
-        def unlike(drawn: Tensor) -> Tensor:
-            squares = (left - drawn).square().sum((1, 2, 3), keepdim=True)
-            return squares / (2 * self.config.sigma**2)  # nats
+        def nats(rest: Tensor) -> Tensor:
+            return rest.square().sum((1, 2, 3)) / (2 * self.config.sigma**2)  # (N,)
 
-        alone = self._likeliest(left, previous, state, centres)
+        after_it = torch.zeros_like(left)
+        alone = self._likeliest(left, previous, state, centres)[0]
+        # Where one object leaves less than that, no two can explain as much more.
+        rows = (nats(left - alone) > WORTH).nonzero().squeeze(1)
+        if not len(rows):
+            return after_it
+        left, previous = left[rows], previous[rows]
+        state = state and (state[0][rows], state[1][rows])
+        centres = [centre[rows] for centre in centres]
+        best = nats(left - alone[rows]) - WORTH
         half = attention.halves(left)
-        halves = (half * left, (1 - half) * left)
-        starts = alone, *(self._likeliest(part, previous, state, centres) for part in halves)
-        best, after_it = unlike(alone[0]) - WORTH, torch.zeros_like(left)
-        for this, place, latents, then in starts:
+        for start in (left, half * left, (1 - half) * left):
+            this, place, latents, then = self._likeliest(start, previous, state, centres)
             for _ in range(self.config.rounds):
                 other, *_ = self._likeliest(left - this, latents, then, [*centres, place])
                 this, place, latents, then = self._likeliest(
                     left - other, previous, state, centres
                 )
-            both = unlike(this + other)
-            after_it = torch.where(both < best, other, after_it)
-            best = torch.minimum(both, best)
+            both = nats(left - this - other)
+            better = both < best
+            after_it[rows[better]], best = other[better], torch.minimum(both, best)
         return after_it
 
     def _likeliest(
