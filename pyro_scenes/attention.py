@@ -142,7 +142,7 @@ def halves(difference: Tensor) -> Tensor:
         first = torch.cdist(pixels, centres).argmin(-1) == 0  # (N, P)
         parts = ink[:, None] * torch.stack([first, ~first], 1)  # (N, 2, P)
         whole = parts.sum(-1, keepdim=True)
-        centres = torch.where(whole > 0, parts @ pixels / whole.clamp(min=1e-9), centres)
+        centres = torch.where(whole > 0, parts @ pixels / whole, centres)
     return first.view(-1, 1, height, width).to(difference.dtype)
 
 

@@ -109,22 +109,21 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
     for path in sorted(folder.glob("*.json")):
         content = _content(path)
         runs = content["runs"]
-        by_label = _by_label(runs)
-        figures = next(iter(by_label.values()))
-        nll = spread(figures, "nll", 1)
+        labelled = by_label(runs)
+        figures = next(iter(labelled.values()))
         rows.append((
             f"[{content['name']}](pyro_scenes/checkpoints/{content['name']}.md)",
             str(len(runs)),
             spread(figures, "count_accuracy", 4),
-            spread(by_label.get(CROWDED_LABEL, []), "count_accuracy", 4),
+            spread(labelled.get(CROWDED_LABEL, []), "count_accuracy", 4),
             spread(figures, "category_correspondence", 4),
-            nll if nll == "-" else f"{nll} ({figures[0]['likelihood']})",
+            bound(figures),
             f"{statistics.mean(run['training_seconds'] for run in runs) / 60:.0f}",
         ))
     return "\n".join(table_lines(headings, rows))
 
 
-def _by_label(runs: list[dict]) -> dict[str, list[dict]]:
+def by_label(runs: list[dict]) -> dict[str, list[dict]]:
     """The figures of all seeds by the label of what they were measured on, its own data first."""
     return {label: [run["figures"][label] for run in runs] for label in runs[0]["figures"]}
 
@@ -194,9 +193,9 @@ def _measure(
 
 def _card(content: dict) -> str:
     runs, config = content["runs"], RunConfig.from_dict(content["settings"])
-    by_label = _by_label(runs)
-    own = next(iter(by_label))
-    counts = [figures["count_accuracy"] for figures in by_label[own]]
+    labelled = by_label(runs)
+    own = next(iter(labelled))
+    counts = [figures["count_accuracy"] for figures in labelled[own]]
     lines = [
         f"# {content['name']}",
         "",
@@ -211,7 +210,7 @@ def _card(content: dict) -> str:
         lines += ["", f"{succeeded} of {len(runs)} seeds succeeded, that is, got at least"
                       f" {SUCCESS:.0%} of counts right on {own}."]
     used = set()
-    for label, figures in by_label.items():
+    for label, figures in labelled.items():
         columns = [c for c in COLUMNS if any(row[c[1]] is not None for row in figures)]
         used |= {key for _, key, _ in columns}
         lines += ["", f"## {label}", "", _measured(label, figures[0]), ""]
@@ -252,10 +251,21 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def known(figures: list[dict], key: str) -> list[float]:
+    """One figure of each seed, of those that have it."""
+    return [figure[key] for figure in figures if figure.get(key) is not None]
+
+
 def spread(figures: list[dict], key: str, digits: int) -> str:
     """Mean +- standard deviation over seeds."""
-    values = [figure[key] for figure in figures if figure.get(key) is not None]
+    values = known(figures, key)
     if not values:
         return "-"
     mean = _number(statistics.mean(values), digits)
     return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def bound(figures: list[dict]) -> str:
+    """The bound on -log p(x) over seeds, nats, with the likelihood it is under."""
+    text = spread(figures, "nll", 1)
+    return text if text == "-" else f"{text} ({figures[0]['likelihood']})"

@@ -162,13 +162,13 @@ def head(folder: Path) -> str:
     for name, content in _contents().items():
         settings, runs = content["settings"], content["runs"]
         data, model = settings["data"], settings["model"]
-        figures = [next(iter(run["figures"].values())) for run in runs]
-        crowded = [run["figures"][CROWDED_LABEL] for run in runs if CROWDED_LABEL in run["figures"]]
+        labelled = cards.by_label(runs)
+        figures, crowded = next(iter(labelled.values())), labelled.get(CROWDED_LABEL, [])
         paper = PAPERS.get((model, data), {})
         measured = _read(Cell(name, data, DATASETS[data].objects).file(folder))
         rows.append((
             data, f"[{model}](pyro_scenes/checkpoints/{name}.md)", str(len(runs)),
-            _nll(figures), paper.get("nll", "-"), _entropy(measured),
+            cards.bound(figures), paper.get("nll", "-"), _entropy(measured),
             cards.spread(figures, "count_accuracy", 4), paper.get("count", "-"),
             cards.spread(crowded, "count_accuracy", 4),
             cards.spread(figures, "category_correspondence", 4), paper.get("correspondence", "-"),
@@ -235,11 +235,11 @@ def _short() -> list[str]:
     found = []
     for content in _contents().values():
         data, model = content["settings"]["data"], content["settings"]["model"]
-        figures = [next(iter(run["figures"].values())) for run in content["runs"]]
+        figures = next(iter(cards.by_label(content["runs"]).values()))
         for name, text in PAPERS.get((model, data), {}).items():
             key, larger = FIGURES[name]
             paper = float(text.removeprefix(">= ").split()[0])
-            values = [figure[key] for figure in figures if figure.get(key) is not None]
+            values = cards.known(figures, key)
             if values and (mean(values) < paper if larger else mean(values) > paper):
                 found.append(f"the {name} of [{model} on {data}]({TRIED[model]})")
     if not found:
@@ -277,11 +277,6 @@ def _asked(folder: Path, data: str) -> str:
         f"{images:,} scenes of {low} to {high} objects, and as many of each crowded kind; -log p(x)"
         f" of {nll_images:,} with {particles:,} importance samples; the shipped weights."
     )
-
-
-def _nll(figures: list[dict]) -> str:
-    text = cards.spread(figures, "nll", 1)
-    return text if text == "-" else f"{text} ({figures[0]['likelihood']})"
 
 
 def _bound(figures: dict) -> str:

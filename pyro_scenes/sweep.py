@@ -293,9 +293,10 @@ def _spread(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and standard deviations over the seeds that are done; medians of when levels were met.
     """
     done = [row for row in rows if "figures" in row]
+    figures = [row["figures"] for row in done]
     found: dict[str, Any] = {"figures": {}, "reached": {}}
     for _, key, _ in COLUMNS:
-        values = [row["figures"][key] for row in done if row["figures"].get(key) is not None]
+        values = cards.known(figures, key)
         if values:
             found["figures"][key] = {
                 "mean": statistics.mean(values),

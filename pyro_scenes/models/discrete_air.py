@@ -372,15 +372,14 @@ class DiscreteAIR(Attend):
             return rest.square().sum((1, 2, 3)) / (2 * self.config.sigma**2)  # (N,)
 
         after_it = torch.zeros_like(left)
-        alone = self._likeliest(left, previous, state, centres)[0]
+        best = nats(left - self._likeliest(left, previous, state, centres)[0]) - WORTH
         # Where one object leaves less than that, no two can explain as much more.
-        rows = (nats(left - alone) > WORTH).nonzero().squeeze(1)
+        rows = (best > 0).nonzero().squeeze(1)
         if not len(rows):
             return after_it
-        left, previous = left[rows], previous[rows]
+        left, previous, best = left[rows], previous[rows], best[rows]
         state = state and (state[0][rows], state[1][rows])
         centres = [centre[rows] for centre in centres]
-        best = nats(left - alone[rows]) - WORTH
         half = attention.halves(left)
         for start in (left, half * left, (1 - half) * left):
             this, place, latents, then = self._likeliest(start, previous, state, centres)

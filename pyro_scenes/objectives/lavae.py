@@ -55,8 +55,8 @@ class LAVAESchedule:
     one_object_left: float = 0.0  # and this often from then on
     location_every: int = 2  # the location map learns in one of so many steps,
     location_settled: int = 1500  # from this one on
-    # In the last so many steps before the fit, or a sixth of all, the location map alone learns,
     exact_divergence: bool = False  # of z_app where p(z_app) is a normal; or by its draw
+    # In the last so many steps before the fit, or a sixth of all, the location map alone learns,
     dreams: int = 0
     dream_learning_rate: float = 3e-4  # this fast, from dreams
     rest_from: float = 1.0  # part of the training after which places rest
