@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from pyro_scenes import checkpoint, distributed, swaps
+from pyro_scenes import checkpoint, distributed
 from pyro_scenes.config import RunConfig, TrainConfig
 from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
 from pyro_scenes.data.files import alone_in, remove_unfinished, write_json
@@ -36,7 +36,6 @@ from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.evaluate import look
 from pyro_scenes.machine import described
 from pyro_scenes.objectives import objective, temporarily
-from pyro_scenes.priors import Fitted
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True), "adamax": torch.optim.Adamax
@@ -187,12 +186,10 @@ class Run:
 
     def advance(self) -> dict[str, float]:
         """One step. :raises UserError: before anything is changed, if the loss is not finite."""
-        if self.step == self.objective.renews:
+        if event := self.objective.events.get(self.step):
             with torch.random.fork_rng():
                 torch.manual_seed(distributed.seed(self.config.seed, self.step))
-                self.model.renew()
-        if self.step == self.objective.fits:
-            self.fit_prior()
+                event(self.model, self.data)
         x = self.batch(self.step)
         rates = self.objective.learning_rates(self.step)
         for group, name in zip(self.optimizer.param_groups, self.names, strict=True):
@@ -214,23 +211,6 @@ class Run:
         self.optimizer.step()
         self.step += 1
         return figures
-
-    def fit_prior(self) -> None:
-        """Fit p(z_app), if it can be, to what the guide finds in the first scenes of the training.
-        """
-        prior = self.model.prior("appearance")
-        if not isinstance(prior, Fitted):
-            return
-
-        def fitted() -> dict[str, Tensor]:
-            self.model.eval()
-            with torch.random.fork_rng(), pyro.validation_enabled(False):
-                torch.manual_seed(distributed.seed(self.config.seed, self.step))
-                found = swaps.look(self.model, self.data[: prior.scenes], progress=False)
-                swaps.fit(prior, found, progress=False)
-            return prior.state_dict()
-
-        prior.load_state_dict(distributed.shared(fitted))
 
     def _backward(self, x: Tensor) -> dict[str, float]:
         """Gradients of a step, of all processes; figures to log, the same in each."""

@@ -14,6 +14,7 @@ from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_scenes.data import SceneData
 from pyro_scenes.models import GenerativeModel
 
 LEAST = 1e-6  # weight of a density: Pyro refuses a scale of 0
@@ -33,21 +34,18 @@ class Objective:
     """-ELBO by one draw of the guide, of any model; the base of the models' own objectives.
 
     :ivar modules: what is trained and kept beside the model; their names are groups of parameters.
-    :ivar fits: the step before which the prior of appearances is fitted to what the guide finds.
-    :ivar renews: the step before which ``model.renew`` is called.
+    :ivar events: step -> what is done once before it, with the model and the training's data.
     :param schedule: a dataclass of settings, with those of ``Schedule`` unless a subclass has other
         learning rates.
     :param steps: length of the training, for the decay of the learning rates.
     """
-
-    fits: int | None = None
-    renews: int | None = None
 
     def __init__(self, schedule: Any, model: GenerativeModel, steps: int):
         self.schedule, self.steps = schedule, steps
         self.groups = list(model.groups())
         self.elbo = Trace_ELBO()
         self.modules = nn.ModuleDict()
+        self.events: dict[int, Callable[[Any, SceneData], None]] = {}
 
     def decay(self, step: int) -> float:
         """What learning rates are multiplied by, 0 to 1."""

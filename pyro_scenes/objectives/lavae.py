@@ -11,7 +11,8 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
-from pyro_scenes import distributed
+from pyro_scenes import distributed, swaps
+from pyro_scenes.data import SceneData
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
 from pyro_scenes.objectives import dreams
@@ -24,7 +25,7 @@ from pyro_scenes.objectives.base import (
     surrogate,
     temporarily,
 )
-from pyro_scenes.priors import StandardNormal
+from pyro_scenes.priors import Fitted, StandardNormal
 
 SLEEP = 6  # Dreams take one of so many steps of a training, at most.
 
@@ -133,13 +134,15 @@ class LAVAEObjective(Objective):
         self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
         self.modules["auxiliary"] = self.auxiliary
         end = steps
+        self.fits: int | None = None
         if schedule.fit_from < 1:
             self.fits = end = round(schedule.fit_from * steps)
+            self.events[end] = fit_prior
         # The first step of each phase: of dreams, and of places at rest.
         self.dreaming, self.waking = end - min(schedule.dreams, steps // SLEEP, end), end
         self.resting = min(round(min(schedule.rest_from, 1.0) * steps), self.dreaming)
         if schedule.appearance_anew and self.resting < self.dreaming:
-            self.renews = self.resting
+            self.events[self.resting] = lambda model, data: model.renew()
 
     def sleeps(self, step: int) -> bool:
         return self.dreaming <= step < self.waking
@@ -245,6 +248,22 @@ class LAVAEObjective(Objective):
         # Where nothing is nearby, noise must not be blown up to a peak.
         least = 0.3 * distributed.gathered(smooth.flatten(1).amax(1)).quantile(0.9)
         return s.warmup_height * (smooth / nearby.clamp(min=least)).pow(3)[:, 0]
+
+
+def fit_prior(model: LAVAE, data: SceneData) -> None:
+    """Fit p(z_app), if it can be, to what the guide finds in the first scenes of the training."""
+    prior = model.prior("appearance")
+    if not isinstance(prior, Fitted):
+        return
+
+    def fitted() -> dict[str, Tensor]:
+        model.eval()
+        with pyro.validation_enabled(False):
+            found = swaps.look(model, data[: prior.scenes], progress=False)
+            swaps.fit(prior, found, progress=False)
+        return prior.state_dict()
+
+    prior.load_state_dict(distributed.shared(fitted))
 
 
 def _blur(x: Tensor, deviation: float) -> Tensor:
