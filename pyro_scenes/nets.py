@@ -28,9 +28,13 @@ class ConvBlock(nn.Sequential):
 
 
 def normalisation(kind: str, channels: int) -> nn.Module:
-    """``batch`` as the papers have it; ``group`` has no running statistics that could lag."""
+    """``batch`` as the papers have it; ``group`` has no running statistics that could lag, but what
+    it makes of a place depends on all of the image; ``none``.
+    """
     if kind == "batch":
         return nn.BatchNorm2d(channels)
+    if kind == "none":
+        return nn.Identity()
     return nn.GroupNorm(8 if channels % 8 == 0 else 1, channels)
 
 
@@ -46,6 +50,24 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
+
+
+class GatedBlock(nn.Module):
+    """Two convolutions, of which the first gates half of its channels by the others, and a skip.
+
+    What is drawn times where it is drawn is a product. Without norms: a block starts near the
+    identity, and sees no more than what is near.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gated = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.gain = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = 2 * F.glu(self.gated(x), 1)  # gates start near a half
+        return x + self.gain * F.silu(self.conv(gated))
 
 
 class LocationNet(nn.Module):

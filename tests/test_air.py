@@ -690,14 +690,14 @@ def test_temperatures_that_float32_has_no_room_for_are_refused() -> None:
     assert site.log_prob(site.sample()).isfinite().all()
 
 
-def test_categories_are_given_a_start_as_long_as_is_asked() -> None:
+def test_categories_are_given_a_start_until_attributes_count() -> None:
     model = DiscreteAIR(DISCRETE, SHAPE)
-    schedule = DiscreteAIRSchedule(attributes_from=3, start_to=5, rescue=1.0)
+    schedule = DiscreteAIRSchedule(attributes_from=3, rescue=1.0)
     objective = DiscreteAIRObjective(schedule, model, 100)
     notes = spied(objective.elbo, lambda: (model.attributes_on, model.start is not None))
-    for step in (2, 4, 5):
+    for step in (2, 3):
         objective.backward(model, torch.rand(2, *SHAPE), step)
-    assert notes == [(0.0, True), (1.0, True), (1.0, False)]
+    assert notes == [(0.0, True), (1.0, False)]
 
 
 @pytest.mark.parametrize("fast", ["discrete-air", "air"])
@@ -1083,6 +1083,24 @@ def test_the_guide_asks_the_model_for_the_category() -> None:
     logits = site["fn"].logits[0].tolist()
     assert abs(costs[0] - costs[1]) > 1
     assert logits[0] - logits[1] == pytest.approx(costs[0] - costs[1], rel=1e-2)
+
+
+def test_an_evaluation_counts_what_a_category_adds_among_the_pixels_it_is_drawn_on() -> None:
+    """Exactly; a training in the window, whose cells are no pixels."""
+    config = replace(
+        SORTING, max_objects=1, sigma=0.5, scale_least=0.37, scale_most=0.37, angles=0)
+    x = painted((32, 32), [(14, 17, 0.6 * FRAME + 0.2 * CROSS)])[None]
+    here = {"z_pres_0": torch.tensor([[0.0, 1.0]])}
+    for rounds, most in ((0, math.inf), (1, 1e-3)):
+        model = sorting(replace(config, rounds=rounds), [FRAME, 0.5 * CROSS])
+        drawn = sites(model.guide, x, here)
+        where = drawn["z_where_0"]["fn"].mean.detach().expand(2, -1)
+        canvas = model.write(torch.stack([FRAME, 0.5 * CROSS])[:, None], where, (32, 32))
+        costs = torch.distributions.Normal(canvas, 0.5).log_prob(x).sum((1, 2, 3))
+        logits = drawn["z_cat_0"]["fn"].logits[0]
+        off = float((logits[0] - logits[1] - (costs[0] - costs[1])).abs())
+        assert abs(costs[0] - costs[1]) > 1 and off < most
+        assert rounds or off > 0.1
 
 
 # --- categories that are hardly used -------------------------------------------------------------

@@ -38,7 +38,6 @@ class DiscreteAIRSchedule:
     attributes_from: int = 1500  # templates alone explain the images up to this step
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
-    start_to: int = 0  # such nats count up to this step, and up to attributes_from in any case
 
 
 DISCRETE_PRESETS = {
@@ -108,15 +107,14 @@ class DiscreteAIRObjective(Objective):
 
         # Later an attribute would turn a category that is given a start into another's kind.
         early = step < s.attributes_from
-        started = early or step < s.start_to
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
             "attributes_on": float(not early),
-            "start": self.rescue.start.clone() if started and (s.rescue or s.balance) else None,
+            "start": self.rescue.start.clone() if early and (s.rescue or s.balance) else None,
         }
         with temporarily(model, **settings), poutine.scale(scale=1 / len(x)):
             figure, loss = surrogate(self.elbo, model.model, guide, x)
-        if started:
+        if early:
             self.rescue(distributed.total(used))
         return loss, {"loss": figure, "least used": float(self.rescue.usage.min())}
 

@@ -18,17 +18,17 @@ from pyro_scenes.objectives.base import LEAST, Objective, Weighted, linear, surr
 class ConvVAESchedule:
     """Annealing of the convolutional VAE's training; defaults are the fast preset's. In steps."""
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-3
     ramp: int = 100  # learning rates rise over so many steps
-    decay_from: float = 0.5  # part of the training after which they fall (cosine)
+    decay_from: float = 0.0  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end
     beta_begin: int = 0  # beta is 0 up to this step,
-    beta_end: int = 4000  # rises in a straight line, and is 1 from this one on
+    beta_end: int = 1000  # rises in a straight line, and is 1 from this one on
 
 
 PRESETS = {
     "fast": ConvVAESchedule(),
-    "paper": ConvVAESchedule(learning_rate=1e-3, ramp=0, decay_to=1.0, beta_end=100_000),
+    "paper": ConvVAESchedule(ramp=0, decay_to=1.0, beta_end=100_000),
 }
 
 
