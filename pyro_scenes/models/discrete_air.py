@@ -488,7 +488,7 @@ class DiscreteAIR(Attend):
     def _gain(self, left: Tensor, drawn: Tensor, z_where: Tensor) -> Tensor:
         """What an object of each category would add to the log likelihood, nats, (N, K).
 
-        In a training counted in the window, which costs a third as much as among the pixels.
+        In a training counted in the window, which costs less than among the pixels.
 
         :param left: (N, C, H, W). :param drawn: (N, K, C, S, S) or (K, C, S, S), its template.
         :param z_where: (N, K, D).
