@@ -14,13 +14,14 @@ LAYERS = {
     "attention": 1,
     "data": 1,
     "models": 2,
-    "objectives": 3, "bounds": 3, "markup": 3, "pictures": 3, "swaps": 3,
-    "evaluate": 4, "config": 4, "calibration": 4, "tensors": 4,
-    "checkpoint": 5,
-    "training": 6, "report": 6,
-    "cards": 7, "page": 7,
-    "bench": 8, "suite": 8, "sweep": 8,
-    "cli": 9,
+    "bounds": 3, "markup": 3, "pictures": 3, "swaps": 3,
+    "objectives": 4,
+    "evaluate": 5, "config": 5, "calibration": 5, "tensors": 5,
+    "checkpoint": 6,
+    "training": 7, "report": 7,
+    "cards": 8, "page": 8,
+    "bench": 9, "suite": 9, "sweep": 9,
+    "cli": 10,
 }
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
 
