@@ -24,6 +24,7 @@ from pyro_scenes.data import SceneData, load, save_npz, split_held_out
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.likelihoods import NormalImage
+from pyro_scenes.models import conv_vae
 from pyro_scenes.models.conv_vae import PRESETS, ConvVAE, ConvVAEConfig
 from pyro_scenes.objectives.conv_vae import ConvVAEObjective, ConvVAESchedule
 
@@ -330,6 +331,25 @@ def test_images_that_do_not_suit_are_refused(model, shape) -> None:
     for use in (model.check, model.guide, model.reconstruct, model.kl_map):
         with pytest.raises(UserError, match="multiples of 4|3 channels"):
             use(x)
+
+
+def test_a_reconstruction_is_of_draws_and_the_same_each_time(model, monkeypatch) -> None:
+    """Its mean over them; a decoder that draws z's square shows sigma^2 more than f(mu) does."""
+    x = torch.cat([images(3)] * 2)
+    model.decoder = Square()
+    monkeypatch.setattr(conv_vae, "DRAWS", 1000)
+    mean, scale = model.posterior(x)
+    found = model.reconstruct(x)
+    assert torch.allclose(found[:3], found[3:], atol=1e-4)
+    assert torch.equal(found, model.reconstruct(x))
+    at_mean, spread = (v.square().mean((1, 2, 3)).detach() for v in (mean, scale))
+    assert torch.allclose(found.mean((1, 2, 3)), at_mean + spread, rtol=0.1)
+    assert (spread > 0.2 * at_mean).all()
+
+
+class Square(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z.square()
 
 
 def test_settings_that_do_not_suit_are_refused(tmp_path) -> None:
