@@ -29,7 +29,7 @@ class ConvBlock(nn.Sequential):
 
 def normalisation(kind: str, channels: int) -> nn.Module:
     """``batch`` as the papers have it; ``group`` has no running statistics that could lag, but what
-    it makes of a place depends on all of the image; ``none``.
+    it makes of a place depends on all of the image; ``none`` changes nothing.
     """
     if kind == "batch":
         return nn.BatchNorm2d(channels)

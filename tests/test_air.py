@@ -1046,8 +1046,8 @@ def test_further_looks_are_at_an_object_stood_upright(looks) -> None:
     assert (moved["z_where_0"]["fn"].mean - where).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("gap", [5, 6, 7, 9])
-def test_objects_that_touch_are_looked_at_apart(gap) -> None:
+@pytest.mark.parametrize("gap, off", [(5, 0.4), (6, 0.1), (7, 0.2), (9, 0.1)])
+def test_objects_that_touch_are_looked_at_apart(gap, off) -> None:
     """The peak of the ink of both lies between them; what is found there is another shape."""
     pair = painted((32, 32), [(11, 15, FRAME), (11 + gap, 15, CROSS)]).clamp(max=1)
     x = torch.stack([pair, painted((32, 32), [(11, 15, FRAME)])])
@@ -1058,13 +1058,14 @@ def test_objects_that_touch_are_looked_at_apart(gap) -> None:
         assert scene.counts.tolist() == [2, 1] and scene.kind[1].tolist() == [0, -1]
         if rounds:
             assert scene.kind[0].tolist() == [0, 1]
-            assert scene.where[0, 0].tolist() == pytest.approx([11, 15], abs=0.4)
+            assert scene.where[0, 0].tolist() == pytest.approx([11, 15], abs=off)
         # A training looks once, whatever the rounds.
         model.temperature = 0.5
         torch.manual_seed(0)
         trained.append(sites(model.guide, x, {})["z_where_0"]["fn"].mean)
         assert torch.equal(trained[-1], trained[0])
     assert abs(found[0].where[0, 0, 0] - 11) > 1
+    assert gap < 7 or found[0].kind[0, 0] == 1
     assert torch.equal(found[0].where[1, :1], found[2].where[1, :1])
 
 

@@ -55,7 +55,8 @@ Where the fast preset leaves the paper's guide, and why; the model is the paper'
   pose first.
 - With `rounds`, an evaluation looks at each object but the last with the next one taken away, and
   at that one with the first taken away, in turn: once as if the first had been found, and twice as
-  if it were one half of the ink. Training does without: a look costs as much as an object.
+  if it were one half of the ink. What a category would add is then counted among the pixels that
+  it is drawn on, not in the window. Training does without: a look costs as much as an object.
 - With `angles`, the angle is searched for, not regressed: a square looks the same at four angles,
   a triangle at three, and no continuous function of the picture gives one of them.
 """
