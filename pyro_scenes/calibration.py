@@ -47,8 +47,9 @@ END = 10**9
 class Ranks:
     """What was found in N scenes, on the CPU."""
 
-    # Of each family of sites, (N, Q) for its Q numbers: the rank of the truth, from 0 to 1; NaN
-    # where it has none. "n" is the number of objects, of models that have any.
+    # Of each family of sites, or each site of a model without objects, (N, Q) for its Q numbers:
+    # the rank of the truth, from 0 to 1; NaN where it has none. "n" is the number of objects, of
+    # models that have any.
     values: dict[str, Tensor]
     counts: Tensor | None = None  # (N,) long, of objects
     given: Tensor | None = None  # (N, M + 1), the part of the guide's draws with each count

@@ -70,6 +70,51 @@ class GatedBlock(nn.Module):
         return x + self.gain * F.silu(self.conv(gated))
 
 
+# Of each 2 x 2 cells the row and column of the one that is drawn first, second ...: diagonal ones
+# first, so that the last two lie between cells that are known.
+PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
+
+
+def cells(grid: Tensor, phase: int, phases: int) -> Tensor:
+    """Those of one phase, (..., R, C) -> (..., r, c), a view; all of them if there is one phase."""
+    if phases == 1:
+        return grid
+    row, column = PHASES[phase]
+    return grid[..., row::2, column::2]
+
+
+class PhaseNet(nn.Module):
+    """Cells that are known -> mean and log variance of those of the next phase, on a grid.
+
+    The same weights serve all phases, so that all learn from all; only where it starts differs.
+
+    :param latent: K, numbers in a cell. :param features: F, of what else is seen of each, or 0.
+    :param reach: side of the window of cells that is looked at, odd.
+    """
+
+    def __init__(self, latent: int, features: int, hidden: int, reach: int = 5):
+        super().__init__()
+        self.reach = reach
+        self.start = nn.Parameter(0.1 * torch.randn(len(PHASES), 2 * hidden, 1, 1))
+        self.known = nn.Conv2d(latent, 2 * hidden, reach, stride=2, bias=False)
+        self.seen = nn.Conv2d(features, 2 * hidden, 1) if features else None
+        self.body = nn.ModuleList(nn.Conv2d(hidden, hidden, 1) for _ in range(2))
+        self.last = nn.Conv2d(hidden, 2 * latent, 1)
+
+    def forward(self, phase: int, z: Tensor, h: Tensor | None = None) -> Tensor:
+        """(..., K, R, C), 0 where not known yet, and (B, F, R, C) -> (..., 2 K, r, c)."""
+        (row, column), margin = PHASES[phase], self.reach // 2
+        near = F.pad(z, (margin,) * 4)[..., row:, column:]  # windows centred on the phase's cells
+        known = self.known(near.reshape(-1, *near.shape[-3:])) + self.start[phase]
+        known = known.unflatten(0, z.shape[:-3] or (1,))
+        if self.seen is not None and h is not None:
+            known = known + self.seen(cells(h, phase, len(PHASES)))
+        y = 2 * F.glu(known.flatten(0, -4), 1)  # gates start near a half
+        for layer in self.body:
+            y = y + F.silu(layer(y))
+        return self.last(y).unflatten(0, known.shape[:-3])
+
+
 class LocationNet(nn.Module):
     """Image -> heights of the location map in (0, 4), one a pixel; fast.
 

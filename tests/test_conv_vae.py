@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.likelihoods import NormalImage
 from pyro_scenes.models import conv_vae
-from pyro_scenes.models.conv_vae import PRESETS, ConvVAE, ConvVAEConfig
+from pyro_scenes.models.conv_vae import PRESETS, ConvVAE, ConvVAEConfig, GridNormal, GridPhases
+from pyro_scenes.nets import PhaseNet
 from pyro_scenes.objectives.conv_vae import ConvVAEObjective, ConvVAESchedule
 
-NETWORKS = ["gated", "fast", "paper", "auxiliary"]
+NETWORKS = ["fast", "paper", "auxiliary"]
 SMALL = ConvVAEConfig(grid_latent=2, grid_stages=2, grid_width=8)
 SHAPE = (3, 8, 12)
 
@@ -42,16 +43,58 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture(params=NETWORKS)
 def model(request: pytest.FixtureRequest) -> ConvVAE:
-    return ConvVAE(replace(SMALL, networks=request.param), SHAPE)
+    return informed(ConvVAE(replace(SMALL, networks=request.param), SHAPE))
+
+
+def informed(model: ConvVAE) -> ConvVAE:
+    """With a prior whose cells mind those before, if it knows any; it begins as N(0, I)."""
+    if isinstance(model.latent_prior, GridPhases):
+        nn.init.normal_(model.latent_prior.net.last.weight, std=0.2)
+        nn.init.normal_(model.latent_prior.net.last.bias, std=0.5)
+    return model
 
 
 def images(batch: int = 3, shape: tuple[int, int, int] = SHAPE) -> Tensor:
     return (torch.rand(batch, *shape) < 0.3).float()
 
 
-def latent(function: Callable, x: Tensor) -> Tensor:
-    """What the guide draws."""
-    return poutine.trace(function).get_trace(x).nodes["z"]["value"].detach()
+# Rows and columns of the cells that are drawn first, second ..., by how many phases there are.
+ORDER = {1: [(0, 0, 1)], 4: [(0, 0, 2), (1, 1, 2), (0, 1, 2), (1, 0, 2)]}
+
+
+def by_hand(model: ConvVAE, x: Tensor, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """z, and KL(q(z | x) || p(z)) given what was drawn, (B,), from each phase's standard noise."""
+    h, divergence = model.encode(x), x.new_zeros(len(x))
+    z = h.new_zeros(len(x), 2, *h.shape[2:])
+    for phase, ((row, column, step), e) in enumerate(zip(ORDER[model.phases], noise, strict=True)):
+        (mean, scale), (about, width) = (
+            (d.base_dist.loc, d.base_dist.scale)
+            for d in (model.posterior(h, phase, z), model.latent_prior(phase, z))
+        )
+        ratio = (scale / width) ** 2
+        part = 0.5 * (ratio + ((mean - about) / width) ** 2 - 1 - ratio.log())
+        divergence = divergence + part.flatten(1).sum(1)
+        z = z.clone()
+        z[:, :, row::step, column::step] = mean + scale * e
+    return z, divergence
+
+
+def drawn(model: ConvVAE, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Mean, scale and value of the guide's sites."""
+    nodes = poutine.trace(model.guide).get_trace(x).nodes
+    sites = [nodes[name] for name in nodes if name.startswith("z_")]
+    return [(s["fn"].base_dist.loc, s["fn"].base_dist.scale, s["value"]) for s in sites]
+
+
+def grid(model: ConvVAE, values: list[Tensor]) -> Tensor:
+    """The phases' values on one grid."""
+    places = ORDER[model.phases]
+    rows, columns = (sum(values[j].shape[d] for j in which[model.phases]) for d, which in (
+        (-2, {1: [0], 4: [0, 3]}), (-1, {1: [0], 4: [0, 2]})))
+    z = values[0].new_zeros(*values[0].shape[:-2], rows, columns)
+    for (row, column, step), value in zip(places, values, strict=True):
+        z[..., row::step, column::step] = value
+    return z
 
 
 # --- against truth -------------------------------------------------------------------------------
@@ -60,8 +103,8 @@ def latent(function: Callable, x: Tensor) -> Tensor:
 class Wide(nn.Module):
     """A prior to swap: N(0.5, 2^2)."""
 
-    def forward(self, rows: int, columns: int) -> dist.TorchDistribution:
-        return dist.Normal(0.5, 2.0).expand([1, rows, columns]).to_event(3)
+    def forward(self, phase: int, z: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(0.5, 2.0).expand([1, 1, 1]).to_event(3)
 
 
 @pytest.mark.parametrize("networks", NETWORKS)
@@ -71,8 +114,9 @@ def test_one_latent_number_by_quadrature(networks, prior) -> None:
     model = ConvVAE(ConvVAEConfig(1, 1, 12, networks), (1, 2, 2)).eval()
     with torch.no_grad():  # a decoder that depends on z and a guide that does not fit it
         model.decoder[0][0].weight.mul_(12)
-        model.encoder[-1].weight.zero_()
-        model.encoder[-1].bias.copy_(torch.tensor([0.4, 0.3]))
+        head = model.encoder[-1] if model.latent_head is None else model.latent_head.last
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.4, 0.3]))
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 2)
     grid = np.linspace(-18.0, 18.0, 4001)
     with torch.no_grad():
@@ -84,11 +128,69 @@ def test_one_latent_number_by_quadrature(networks, prior) -> None:
     truth = math.log(np.trapezoid(density * likelihood, grid))
     if prior == "wide":
         model.latent_prior = Wide()
-        model.encoder[-1].bias.data[1] = 1.5
+        head.bias.data[1] = 1.5
     weights = log_weights(model, x.expand(4, 1, 2, 2), 1500, 6000).double().flatten() - truth
     error = weights.exp().std() / math.sqrt(len(weights))
     assert error < 0.02 and abs(weights.exp().mean() - 1) < 4 * error
     assert weights.mean() < -0.01  # the ELBO lies below the truth
+
+
+@pytest.mark.parametrize("row", [False, True])
+def test_two_numbers_that_mind_each_other_by_quadrature(row) -> None:
+    """Two cells, drawn one after the other: log p(x) is an integral over both."""
+    shape = (2, 4) if row else (4, 2)
+    model = informed(ConvVAE(ConvVAEConfig(1, 1, 12, "fast"), (1, *shape)))
+    phase = 2 if row else 3
+    with torch.no_grad():
+        model.decoder[0][0].weight.mul_(12)
+        model.latent_prior.net.known.weight.mul_(4)
+        model.latent_head.last.bias.copy_(torch.tensor([0.4, 1.2]))
+    x = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]).view(1, 1, *shape)
+    values = torch.linspace(-9.0, 9.0, 361)
+    first, second = torch.meshgrid(values, values, indexing="ij")
+    z = torch.stack([first, second], -1).view(-1, 1, *((1, 2) if row else (2, 1)))
+    only = z.clone().flatten(1)
+    only[:, 1] = 0
+    with torch.no_grad():
+        about = model.latent_prior(0, torch.zeros(1, *z.shape[2:])).base_dist
+        given = model.latent_prior(phase, only.view_as(z)).base_dist
+        mean = model.decode(z).flatten(1).double().clamp(1e-5, 1 - 1e-5).numpy()
+    assert given.loc.std() > 0.1  # the second minds the first
+    density = stats.norm.pdf(first.flatten(), float(about.loc), float(about.scale))
+    density = density * stats.norm.pdf(
+        second.flatten(), given.loc.flatten().numpy(), given.scale.flatten().numpy())
+    spacing = float(values[1] - values[0])
+    assert density.sum() * spacing**2 == pytest.approx(1.0, abs=1e-3)
+    likelihood = np.where(x.numpy().reshape(8) == 1, mean, 1 - mean).prod(1)
+    truth = math.log((density * likelihood).sum() * spacing**2)
+    weights = log_weights(model, x.expand(4, 1, *shape), 2500, 10_000).double().flatten() - truth
+    error = weights.exp().std() / math.sqrt(len(weights))
+    assert error < 0.03 and abs(weights.exp().mean() - 1) < 4 * error
+    assert weights.mean() < -0.01
+
+
+def test_what_a_phase_knows_by_hand() -> None:
+    """Windows of 3 x 3, cell by cell; nothing is known outside the grid."""
+    net = PhaseNet(2, 3, 4, reach=3).double()
+    z, h = torch.randn(2, 5, 2, 3, 5).double(), torch.randn(5, 3, 3, 5).double()
+    for phase, (row, column, _) in enumerate(ORDER[4]):
+        found = net(phase, z, h)
+        rows, columns = range(row, 3, 2), range(column, 5, 2)
+        assert found.shape == (2, 5, 4, len(rows), len(columns))
+        for k, b, i, j in np.ndindex(2, 5, len(rows), len(columns)):
+            at = rows[i], columns[j]
+            y = net.start[phase, :, 0, 0] + net.seen.weight[:, :, 0, 0] @ h[b, :, *at]
+            y = y + net.seen.bias
+            for up, left in np.ndindex(3, 3):
+                near = at[0] + up - 1, at[1] + left - 1
+                if 0 <= near[0] < 3 and 0 <= near[1] < 5:
+                    y = y + net.known.weight[:, :, up, left] @ z[k, b, :, *near]
+            y = 2 * y[:4] * y[4:].sigmoid()
+            for layer in net.body:
+                inner = layer.weight[:, :, 0, 0] @ y + layer.bias
+                y = y + inner * inner.sigmoid()
+            expected = net.last.weight[:, :, 0, 0] @ y + net.last.bias
+            assert torch.allclose(found[k, b, :, i, j], expected, rtol=1e-9)
 
 
 class Linear(nn.Module):
@@ -164,20 +266,28 @@ def test_bounds_of_another_guide_rise_to_the_exact_likelihood() -> None:
 def test_the_densities_by_hand(model) -> None:
     model, x = model.double().eval(), images().double()
     trace = poutine.trace(model.guide).get_trace(x)
-    z = trace.nodes["z"]["value"]
+    names = [f"z_{i}" for i in range(model.phases)]
+    values = [trace.nodes[name]["value"] for name in names]
+    whole = grid(model, values)
+    assert whole.shape == (3, 2, 2, 3)
     joint = poutine.trace(poutine.replay(model.model, trace=trace)).get_trace(x)
     for found in (trace, joint):
         found.compute_log_prob()
-    mean, scale = (value.detach().numpy() for value in model.posterior(x))
-    assert mean.shape == scale.shape == z.shape == (3, 2, 2, 3)
-    value, pixels = z.detach().numpy(), model.decode(z).detach().numpy()
-    pixels = 1e-5 + (1 - 2e-5) * pixels
-    for site, expected in (
-        (trace.nodes["z"], stats.norm.logpdf(value, mean, scale)),
-        (joint.nodes["z"], stats.norm.logpdf(value)),
-        (joint.nodes["x"], np.log(np.where(x.numpy() == 1, pixels, 1 - pixels))),
-    ):
-        assert np.allclose(site["log_prob"].detach(), expected.sum((1, 2, 3)), rtol=1e-9)
+    pixels = 1e-5 + (1 - 2e-5) * model.decode(whole).detach().numpy()
+    expected = [(joint.nodes["x"], np.log(np.where(x.numpy() == 1, pixels, 1 - pixels)))]
+    h, z = model.encode(x), torch.zeros_like(whole)
+    for phase, (name, value) in enumerate(zip(names, values)):
+        q, p = model.posterior(h, phase, z).base_dist, model.latent_prior(phase, z).base_dist
+        if model.phases == 1:
+            assert (p.loc == 0).all() and (p.scale == 1).all()
+        for site, normal in ((trace.nodes[name], q), (joint.nodes[name], p)):
+            expected.append((site, stats.norm.logpdf(*(
+                v.expand_as(value).detach().numpy() for v in (value, normal.loc, normal.scale)))))
+        row, column, step = ORDER[model.phases][phase]
+        z = z.clone()
+        z[:, :, row::step, column::step] = value
+    for site, density in expected:
+        assert np.allclose(site["log_prob"].detach(), density.sum((1, 2, 3)), rtol=1e-9)
 
 
 # --- beta ----------------------------------------------------------------------------------------
@@ -190,13 +300,11 @@ SCHEDULE = ConvVAESchedule(beta_begin=10, beta_end=30, ramp=0, decay_to=1.0)
 def test_the_loss_by_hand(model, step, beta) -> None:
     """-E[log p(x | z)] + beta KL(q(z | x) || p(z)) and its gradients, on the same noise."""
     model, x = model.double(), images().double()
-    mean, scale = model.posterior(x)
     torch.manual_seed(3)
-    noise = ((latent(model.guide, x) - mean) / scale).detach()
-    z = mean + scale * noise
+    noise = [((value - mean) / scale).detach() for mean, scale, value in drawn(model, x)]
+    z, divergence = by_hand(model, x, noise)
     means = 1e-5 + (1 - 2e-5) * model.decode(z)
     cost = -torch.where(x == 1, means, 1 - means).log().flatten(1).sum(1)
-    divergence = (0.5 * (mean**2 + scale**2 - 1) - scale.log()).flatten(1).sum(1)
     loss = (cost + beta * divergence).mean()
     expected = torch.autograd.grad(loss, list(model.parameters()))
 
@@ -208,6 +316,24 @@ def test_the_loss_by_hand(model, step, beta) -> None:
     assert figures["kl"] == pytest.approx(divergence.mean().item())
     # What is logged is the ELBO's loss.
     assert figures["loss"] == pytest.approx((cost + divergence).mean().item())
+
+
+@pytest.mark.parametrize("side", [(2, 3), (1, 4), (3, 1), (1, 1)])
+def test_the_kl_map_by_hand(side) -> None:
+    """Given means; of grids of one row or column two phases have no cells."""
+    model = informed(ConvVAE(ConvVAEConfig(2, 1, 8, "fast"), (1, 2, 2))).eval()
+    x = images(4, (1, 2 * side[0], 2 * side[1]))
+    z = x.new_zeros(4, 2, *side)
+    expected = torch.zeros(4, *side)
+    with torch.no_grad():
+        h = model.encode(x)
+        for phase, (row, column, step) in enumerate(ORDER[4]):
+            if row < side[0] and column < side[1]:
+                q, p = model.posterior(h, phase, z), model.latent_prior(phase, z)
+                divergence = torch.distributions.kl_divergence(q.base_dist, p.base_dist)
+                expected[:, row::step, column::step] = divergence.sum(1)
+                z[:, :, row::step, column::step] = q.mean
+    assert (expected > 0.01).all() and torch.allclose(model.kl_map(x), expected, rtol=1e-4)
 
 
 def test_beta_1_is_the_plain_elbo(model) -> None:
@@ -249,22 +375,19 @@ def test_learning_rates_rise_and_fall() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_presets_have_the_papers_grid_and_size(preset, channels) -> None:
     model = ConvVAE(PRESETS[preset], (channels, 64, 64)).eval()
-    mean, scale = model.posterior(images(1, (channels, 64, 64)))
-    assert mean.shape == scale.shape == (1, 16, 8, 8)  # d = 1024
-    assert model.decode(mean).shape == (1, channels, 64, 64)
+    z = grid(model, [value for *_, value in drawn(model, images(1, (channels, 64, 64)))])
+    assert z.shape == (1, 16, 8, 8)  # d = 1024
+    assert model.decode(z).shape == (1, channels, 64, 64)
     assert 0.75e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.25e6
 
 
-def test_gated_networks_see_what_is_near_alone() -> None:
+def test_the_fast_networks_see_what_is_near_alone() -> None:
     """No norm tells a place how many objects there are elsewhere."""
-    model = ConvVAE(PRESETS["fast"], (1, 64, 64)).eval()
-    x = torch.zeros(3, 1, 8, 128)
+    model = informed(ConvVAE(PRESETS["fast"], (1, 64, 64))).eval()
+    x = torch.zeros(3, 1, 16, 256)
     x[1:, :, :, 2:6] = 1
-    x[2, :, :, 120:124] = 1
-    with torch.no_grad():
-        mean, scale = model.posterior(x)
-        drawn = model.decode(mean)
-    for values, near in ((mean, 8), (scale, 8), (drawn, 16)):
+    x[2, :, :, 248:252] = 1
+    for values, near in ((model.kl_map(x), 8), (model.reconstruct(x), 16)):
         blank, one, two = values
         assert not torch.equal(blank[..., :near], one[..., :near])
         assert torch.equal(one[..., :near], two[..., :near])
@@ -294,15 +417,18 @@ def sides(net: nn.Sequential, x: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "networks, stages", [("gated", 1), ("fast", 3), ("paper", 1), ("paper", 4)])
+    "networks, stages", [("fast", 1), ("fast", 3), ("fast", 4), ("paper", 1), ("paper", 4)])
 def test_grids_of_other_sizes(networks, stages) -> None:
     model = ConvVAE(ConvVAEConfig(2, stages, 8, networks), (1, 16, 32))
-    mean, _ = model.posterior(images(2, (1, 16, 32)))
-    assert mean.shape == (2, 2, 16 // 2**stages, 32 // 2**stages)
-    assert model.decode(mean).shape == (2, 1, 16, 32)
+    x = images(2, (1, 16, 32))
+    trace = poutine.trace(model.guide).get_trace(x)
+    numbers = sum(n["value"][0].numel() for name, n in trace.nodes.items() if name[:2] == "z_")
+    assert numbers == 2 * 16 * 32 // 4**stages
+    assert model.kl_map(x).shape == (2, 16 // 2**stages, 32 // 2**stages)
+    assert model.reconstruct(x).shape == x.shape and torch.isfinite(iwae(model, x, 2)).all()
 
 
-@pytest.mark.parametrize("networks", ["gated", "fast", "paper"])
+@pytest.mark.parametrize("networks", ["fast", "paper"])
 def test_bfloat16_changes_little_and_returns_float32(networks) -> None:
     model, x = ConvVAE(replace(SMALL, networks=networks), SHAPE), images(8)
     losses = []
@@ -310,7 +436,7 @@ def test_bfloat16_changes_little_and_returns_float32(networks) -> None:
         torch.manual_seed(0)
         losses.append(ConvVAEObjective(SCHEDULE, model, 100).backward(model, x, 50)["loss"])
         assert model.decode(torch.zeros(1, 2, 2, 3)).dtype == torch.float32
-        assert {value.dtype for value in model.posterior(x)} == {torch.float32}
+        assert {value.dtype for site in drawn(model, x) for value in site} == {torch.float32}
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
@@ -338,11 +464,12 @@ def test_a_reconstruction_is_of_draws_and_the_same_each_time(model, monkeypatch)
     x = torch.cat([images(3)] * 2)
     model.decoder = Square()
     monkeypatch.setattr(conv_vae, "DRAWS", 1000)
-    mean, scale = model.posterior(x)
     found = model.reconstruct(x)
     assert torch.allclose(found[:3], found[3:], atol=1e-4)
     assert torch.equal(found, model.reconstruct(x))
-    at_mean, spread = (v.square().mean((1, 2, 3)).detach() for v in (mean, scale))
+    with torch.no_grad(), pyro.plate("particles", 1000, dim=-2):
+        z = grid(model, [value.expand(1000, -1, -1, -1, -1) for *_, value in drawn(model, x)])
+    at_mean, spread = z.mean(0).square().mean((1, 2, 3)), z.var(0).mean((1, 2, 3))
     assert torch.allclose(found.mean((1, 2, 3)), at_mean + spread, rtol=0.1)
     assert (spread > 0.2 * at_mean).all()
 
@@ -350,6 +477,29 @@ def test_a_reconstruction_is_of_draws_and_the_same_each_time(model, monkeypatch)
 class Square(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return z.square()
+
+
+def test_a_prior_of_other_cells_is_refused() -> None:
+    model, x = ConvVAE(replace(SMALL, networks="fast"), SHAPE).eval(), images()
+    torch.manual_seed(0)
+    before = log_weights(model, x, 2)
+    with model.priors(latent=GridNormal(4)):  # which is what a prior begins as
+        torch.manual_seed(0)
+        assert torch.allclose(log_weights(model, x, 2), before)
+        assert model.sample(2).shape == (2, *SHAPE)
+    for wrong in (GridNormal(1), Wide()):
+        with model.priors(latent=wrong), pytest.raises(UserError, match="cells of shape"):
+            model.sample(2)
+
+
+def test_a_phase_may_be_given_to_all_particles(model) -> None:
+    x, given = images().double(), {}
+    model = model.double()
+    given["z_0"] = poutine.trace(model.guide).get_trace(x).nodes["z_0"]["value"]
+    with pyro.plate("particles", 4, dim=-2):
+        trace = poutine.trace(poutine.condition(model.model, data=given)).get_trace(x)
+    assert trace.nodes["x"]["fn"].mean.shape[-3:] == SHAPE
+    assert model.sample(2).dtype == torch.float64
 
 
 def test_settings_that_do_not_suit_are_refused(tmp_path) -> None:

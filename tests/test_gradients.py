@@ -232,7 +232,8 @@ def test_the_path_of_the_convolutional_vae_has_the_exact_gradient_on_average() -
     weight = 0.3 * torch.randn(2, 1, STRIDE, STRIDE)
     model = linear_gaussian(weight, 0.2 * torch.randn(2, STRIDE**2), torch.tensor([0.3, 1.5]))
     x = torch.randn(2, 1, 8, 4, dtype=torch.double)
-    mean, scale = model.posterior(x)
+    mean, log_variance = model.encoder(x).chunk(2, 1)
+    scale = (0.5 * log_variance).exp()
     squares = (x - model.decode(mean)).square().sum((1, 2, 3))
     # Cells do not overlap: a variance adds its pattern's length to the squares, in every cell.
     spread = (scale.square() * model.decoder.weight.square().sum((1, 2, 3))[:, None, None])

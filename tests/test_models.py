@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.poutine.util import site_is_subsample
+from test_conv_vae import informed
 from torch import Tensor, nn
 
 from pyro_scenes import bounds, evaluate, metrics
@@ -96,7 +97,7 @@ TABLE = {
     "air, paper's networks": Row(
         lambda: AIR(replace(ATTEND, networks="paper"), SHAPE), unreached=BASELINE
     ),
-    "conv-vae": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8, "fast"), SHAPE)),
+    "conv-vae": Row(lambda: informed(ConvVAE(ConvVAEConfig(2, 2, 8, "fast"), SHAPE))),
     "conv-vae, paper's networks": Row(lambda: ConvVAE(ConvVAEConfig(8, 2, 8, "paper"), SHAPE)),
     "conv-vae, LAVAE's auxiliary": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)),
 }

@@ -39,7 +39,7 @@ CHECKPOINTS = {
 RAW = {
     "lavae": ["location_net", "appearance_net"], "air": [
         "presence_head", "where_head", "encoder", "peak"],
-    "discrete-air": ["presence_head"], "conv-vae": ["encoder"],
+    "discrete-air": ["presence_head"], "conv-vae": ["latent_head"],
 }
 
 
@@ -327,14 +327,21 @@ def attend_scenes(model, x: Array, notes: Notes) -> tuple[list, list | None, lis
 
 
 def grid_terms(model, x: Array, notes: Notes) -> dict[str, Array]:
-    mean, log_variance = np.split(notes.raw["encoder"][0], 2, 1)
-    scale = np.exp(0.5 * log_variance.clip(-14, 4))
-    z = notes.values["z"]
-    axes = (-3, -2, -1)
-    prior = normal(z, np.zeros_like(z), np.ones_like(z), axes)
+    axes, c, term = (-3, -2, -1), model.config, np.zeros(())
+    z = np.zeros((PARTICLES, len(x), c.grid_latent, *(v // 2**c.grid_stages for v in x.shape[2:])))
+    for i, (row, column) in enumerate([(0, 0), (1, 1), (0, 1), (1, 0)]):
+        with torch.no_grad():
+            prior = model.latent_prior.net(i, torch.tensor(z).float()).double().numpy()
+        value = notes.values[f"z_{i}"]
+        densities = []
+        for raw in (prior, notes.raw["latent_head"][i]):
+            mean, log_variance = np.split(raw, 2, -3)
+            densities.append(normal(value, mean, np.exp(0.5 * log_variance.clip(-14, 4)), axes))
+        term = term + densities[0] - densities[1]
+        z[..., row::2, column::2] = value
     drawn = sigmoid(model.decoder[:-1], z.reshape(-1, *z.shape[2:]))
     canvas = drawn.reshape(*z.shape[:2], *x.shape[1:])
-    return {"z": prior - normal(z, mean, scale, axes), "reconstruction": of_image(model, x, canvas)}
+    return {"z": term, "reconstruction": of_image(model, x, canvas)}
 
 
 # --- figures -------------------------------------------------------------------------------------

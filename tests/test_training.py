@@ -512,8 +512,9 @@ def test_the_papers_target_is_the_map_itself() -> None:
 def test_the_kl_map_is_the_divergence_of_each_cell() -> None:
     torch.manual_seed(0)
     vae, x = ConvVAE(ConvVAEConfig(3, 2, 8), (1, 16, 16)), images()
-    mean, scale = vae.posterior(x)
+    mean, log_variance = vae.encoder(x).chunk(2, 1)
     exact = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, scale), torch.distributions.Normal(0.0, 1.0))
+        torch.distributions.Normal(mean, (0.5 * log_variance).exp()),
+        torch.distributions.Normal(0.0, 1.0))
     assert torch.allclose(vae.kl_map(x), exact.sum(1), atol=1e-5)
     assert vae.kl_map(x).shape == (4, 4, 4)

@@ -52,8 +52,8 @@ class GenerativeModel(PyroModule):
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The same with the number of objects in each, (count,); None of a model without objects.
         """
-        device = next(self.parameters()).device
-        blank = torch.zeros(count, *self.image_shape, device=device)
+        like = next(self.parameters())
+        blank = like.new_zeros(count, *self.image_shape)
         drawn = poutine.trace(poutine.uncondition(self.model)).get_trace(blank)
         return drawn.nodes["x"]["fn"].mean.clamp(0.0, 1.0), self.counts(drawn)
 

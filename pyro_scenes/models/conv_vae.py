@@ -1,20 +1,27 @@
 """A fully convolutional VAE: latent variables on a grid, no objects (LAVAE, appendix B).
 
-The joint density, for D = C * H * W pixels and channels::
+The joint density, for D = C * H * W pixels and channels, and cells drawn in phases i::
 
-    p(x, z) = N(z; 0, I) prod_d Bernoulli(x_d; f(z)_d)
+    p(x, z) = prod_i p(z_i | z_<i)  prod_d Bernoulli(x_d; f(z)_d)
 
 and the guide::
 
-    q(z | x) = N(z; mu(x), diag sigma(x)^2)
+    q(z | x) = prod_i q(z_i | z_<i, h(x))
+
+Each factor is a normal with a diagonal covariance. The paper's networks, and LAVAE's auxiliary VAE,
+draw all cells at once, from N(0, I). The fast preset's draw one of each 2 x 2 cells at a time, in
+four phases, and both sides know the cells that have been drawn. An object covers several cells:
+drawn at once, they all tell of it, and are all paid for, which costs more nats than all else
+(RUNS.md). This prior is learned, and yet the model is one whose codes are N(0, I): take e_i of
+z_i = m_i(z_<i) + s_i(z_<i) e_i for the codes, and this for the first layer of the decoder.
 
 ========  ===================  ==========================================================
 symbol    shape                meaning
 ========  ===================  ==========================================================
 x         (B, C, H, W)         binary image, C = 1 or 3
 z         (B, K, H / s, W / s) latent grid, s = 2 ** stages, of d = K H W / s^2 numbers
-mu,       like z               mean and standard deviation, from the encoder
-sigma
+z_i       (B, K, r, c)         its cells of phase i
+h(x)      (B, F, H / s, W / s) what the encoder makes of the image
 f(z)      (B, C, H, W)         mean of the image, from the decoder
 ========  ===================  ==========================================================
 
@@ -22,29 +29,31 @@ Any site may have a particle dimension to the left of B. The paper's d is 1024 f
 K = 16 on a grid of 8 x 8. Its beta, which weighs z's divergence, belongs to the training: the
 density here has none, see objectives/conv_vae.py.
 
-Four pairs of networks: the baseline's of the paper; the fast preset's, `gated`, which have the same
-grid and about as many parameters, yet work at an eighth and a quarter of the image's sides alone;
-`fast`, the same with norms over the whole image in place of gates; and a small pair with a finer
-grid, the auxiliary VAE of LAVAE's warm-up. The paper leaves the sizes of kernels open: they are 3
-here, and 4 where the stride is 2.
+Three sets of networks: the baseline's of the paper; the fast preset's, which have the same grid and
+1.2 million parameters, yet work at an eighth and a quarter of the image's sides alone; and a small
+set with a finer grid, the auxiliary VAE of LAVAE's warm-up. The paper leaves the sizes of kernels
+open: they are 3 here, and 4 where the stride is 2.
+
+A prior is called as latent_prior(i, z), where z has 0 in cells that are not drawn yet, and returns
+the distribution of z_i.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import pyro_method
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import GenerativeModel
-from pyro_scenes.nets import ConvBlock, GatedBlock, ResidualBlock
+from pyro_scenes.nets import PHASES, ConvBlock, GatedBlock, PhaseNet, ResidualBlock, cells
 
 BLOCKS = 4  # residual blocks on each side of the paper's networks
 DRAWS = 8  # of a reconstruction
@@ -57,26 +66,44 @@ class ConvVAEConfig:
     grid_latent: int = 4  # K, latent channels a cell
     grid_stages: int = 2  # halvings of the image
     grid_width: int = 32  # channels
-    networks: str = "auxiliary"  # auxiliary, gated, fast or paper
+    networks: str = "auxiliary"  # auxiliary, fast or paper
 
 
 PRESETS = {
-    "fast": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=96, networks="gated"),
+    "fast": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=96, networks="fast"),
     "paper": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=64, networks="paper"),
 }
 
 
 class GridNormal(nn.Module):
-    """p(z) = N(0, I) on a grid of cells with K numbers each."""
+    """p(z) = N(0, I), of cells that are drawn in so many phases, 1 or 4."""
 
-    def __init__(self, latent: int):
+    def __init__(self, phases: int):
         super().__init__()
-        # (K, 1, 1); a buffer follows the device
-        self.zero = nn.Buffer(torch.zeros(latent, 1, 1), persistent=False)
+        self.phases = phases
 
-    def forward(self, rows: int, columns: int) -> dist.TorchDistribution:
-        zero = self.zero.expand(-1, rows, columns)
-        return dist.Normal(zero, torch.ones_like(zero)).to_event(3)
+    def forward(self, phase: int, z: Tensor) -> dist.TorchDistribution:
+        """:param z: (..., K, R, C)."""
+        zero = torch.zeros_like(cells(z, phase, self.phases))
+        return normal(zero, zero)
+
+
+class GridPhases(nn.Module):
+    """p(z_i | z_<i), a normal with mean and variance from a network; N(0, I) as it begins."""
+
+    def __init__(self, latent: int, hidden: int):
+        super().__init__()
+        self.net = PhaseNet(latent, 0, hidden)
+        nn.init.zeros_(self.net.last.weight)
+        nn.init.zeros_(self.net.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, phase: int, z: Tensor) -> dist.TorchDistribution:
+        """:param z: (..., K, R, C)."""
+        return normal(*self.net(phase, z).to(z.dtype).chunk(2, -3))
+
+
+def normal(mean: Tensor, log_variance: Tensor) -> dist.TorchDistribution:
+    return dist.Normal(mean, (0.5 * log_variance.clamp(-14.0, 4.0)).exp()).to_event(3)
 
 
 class Means(nn.Module):
@@ -100,56 +127,117 @@ class ConvVAE(GenerativeModel):
             raise UserError(f"networks must be one of {', '.join(NETWORKS)}")
         if config.networks != "auxiliary":  # LAVAE makes one, used or not, whatever the images
             self.check(torch.zeros(1, *image_shape))
-        self.latent_prior: nn.Module = GridNormal(config.grid_latent)
+        self.phases = len(PHASES) if config.networks == "fast" else 1
+        self.latent_prior: nn.Module = GridNormal(self.phases)
         self.likelihood = BernoulliImage()
-        # parameters of q(z | x), and the mean of p(x | z)
+        # h(x) and the mean of p(x | z)
         self.encoder, self.decoder = NETWORKS[config.networks](config, image_shape[0])
+        # parameters of q(z_i | z_<i, h); of a single phase they are h(x) themselves
+        self.latent_head: PhaseNet | None = None
+        if self.phases > 1:
+            width, hidden = config.grid_width, config.grid_width * 4 // 3
+            self.latent_prior = GridPhases(config.grid_latent, hidden)
+            self.latent_head = PhaseNet(config.grid_latent, width, hidden)
 
     @pyro_method
     def model(self, x: Tensor) -> None:
-        """:param x: (B, C, H, W) in [0, 1]; sites z, x."""
-        rows, columns = (side // 2**self.config.grid_stages for side in x.shape[-2:])
+        """:param x: (B, C, H, W) in [0, 1]; sites z_0, z_1 ..., x."""
         with pyro.plate("images", len(x), dim=-1):
-            z = pyro.sample("z", self.latent_prior(rows, columns))  # (B, K, H / s, W / s)
+            z = self._drawn(x, lambda i, z: pyro.sample(f"z_{i}", self._prior(i, z)))
             mean = self.decode(z.flatten(0, -4)).view(*z.shape[:-3], *x.shape[1:])
             pyro.sample("x", self.likelihood(mean), obs=x)
 
     @pyro_method
     def guide(self, x: Tensor) -> None:
+        h = self.encode(x)
         with pyro.plate("images", len(x), dim=-1):
-            mean, scale = self.posterior(x)
-            pyro.sample("z", dist.Normal(mean, scale).to_event(3))
+            self._drawn(x, lambda i, z: pyro.sample(f"z_{i}", self.posterior(h, i, z)))
+
+    def _drawn(self, x: Tensor, draw: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """z, (..., K, H / s, W / s).
+
+        :param draw: phase and z, 0 where nothing is drawn yet -> z_i, (..., K, r, c).
+        """
+        rows, columns = (side // 2**self.config.grid_stages for side in x.shape[-2:])
+        z = x.new_zeros(self.config.grid_latent, rows, columns)
+        for i in range(self.phases):
+            if cells(z, i, self.phases).numel():  # a grid of one row has two phases
+                drawn = draw(i, z)
+                lead = torch.broadcast_shapes(z.shape[:-3], drawn.shape[:-3])
+                z = z.expand(*lead, -1, -1, -1).clone()
+                cells(z, i, self.phases).copy_(drawn)
+        return z
+
+    def encode(self, x: Tensor) -> Tensor:
+        """h(x), (B, F, H / s, W / s)."""
+        self.check(x)
+        with self._precision(x):
+            return self.encoder(x)
 
     def decode(self, z: Tensor) -> Tensor:
         """f(z), (N, K, H / s, W / s) -> (N, C, H, W) in [0, 1]."""
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
+        with self._precision(z):
             return self.decoder(z)
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of q(z | x), each (B, K, H / s, W / s)."""
-        self.check(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            encoded = self.encoder(x)
-        mean, log_variance = encoded.to(x.dtype).chunk(2, 1)
-        return mean, (0.5 * log_variance.clamp(-14.0, 4.0)).exp()
+    def posterior(self, h: Tensor, phase: int, z: Tensor) -> dist.TorchDistribution:
+        """q(z_i | z_<i, h), of what the encoder made of the images, and z as above."""
+        with self._precision(z):
+            found = h if self.latent_head is None else self.latent_head(phase, z, h)
+        return normal(*found.to(z.dtype).chunk(2, -3))
+
+    def _prior(self, phase: int, z: Tensor) -> dist.TorchDistribution:
+        with self._precision(z):
+            found = self.latent_prior(phase, z)
+        wanted = cells(z, phase, self.phases).shape[-3:]
+        if found.event_shape != wanted:
+            raise UserError(
+                f"the prior of phase {phase} is to draw cells of shape {tuple(wanted)},"
+                f" not {tuple(found.event_shape)}"
+            )
+        return found
+
+    def _precision(self, like: Tensor) -> torch.autocast:
+        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.autocast)
 
     @torch.no_grad()
     def kl_map(self, x: Tensor) -> Tensor:
-        """KL(q(z | x) || N(0, I)) of each cell, nats, (B, H / s, W / s)."""
-        mean, scale = self.posterior(x)
-        return (0.5 * (mean**2 + scale**2 - 1) - scale.log()).sum(1)
+        """KL(q(z_i | z_<i, h) || p(z_i | z_<i)) of each cell, nats, (B, H / s, W / s).
+
+        With z_<i at their means; of a single phase it is the divergence.
+        """
+        h, found = self.encode(x), {}
+
+        def mean(phase: int, z: Tensor) -> Tensor:
+            q, p = self.posterior(h, phase, z), self._prior(phase, z)
+            found[phase] = kl_divergence(q.base_dist, p.base_dist).sum(-3, keepdim=True)
+            return q.mean
+
+        z = self._drawn(x, mean)
+        divergence = z.new_zeros(len(x), 1, *z.shape[-2:])
+        for phase, part in found.items():
+            cells(divergence, phase, self.phases).copy_(part)
+        return divergence.squeeze(1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """E_q[f(z)] by a few draws, the same for an image whenever it is asked for.
 
-        Not f(mu): among 1,024 numbers no draw is near its mean, and the decoder knows draws alone.
-        Where an image is black, mu is 0 and f(mu) may be anything.
+        Not f at the mean: among 1,024 numbers no draw is near its mean, and the decoder knows draws
+        alone. Where an image is black, the mean is the prior's and f of it may be anything.
         """
-        mean, scale = self.posterior(x)
-        noise = torch.randn(DRAWS, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
-        drawn = (self.decode(mean + scale * draw) for draw in noise.to(mean))
-        return torch.stack(list(drawn)).mean(0)
+        h = self.encode(x)
+        shape = DRAWS, self.config.grid_latent, *h.shape[-2:]
+
+        def drawn(noise: Tensor) -> Tensor:
+            def draw(phase: int, z: Tensor) -> Tensor:
+                q = self.posterior(h, phase, z)
+                return q.mean + q.stddev * cells(noise, phase, self.phases)
+
+            return self.decode(self._drawn(x, draw))
+
+        # One draw after the other: all at once take as many times the memory.
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x)
+        return torch.stack([drawn(one) for one in noise]).mean(0)
 
     def check(self, x: Tensor) -> None:
         super().check(x)
@@ -158,7 +246,7 @@ class ConvVAE(GenerativeModel):
             raise UserError(f"the sides of an image must be multiples of {stride}")
 
 
-# --- the networks: image -> means and log variances of z, and z -> means of pixels ----------------
+# --- the networks: image -> h(x), of one phase means and log variances; z -> means of pixels ------
 
 
 def _auxiliary(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Module]:
@@ -180,28 +268,26 @@ def _auxiliary(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Modu
     return encoder, decoder
 
 
-def _fast(
-    config: ConvVAEConfig, channels: int, norm: str, block: Callable[[int], nn.Module], blocks: int
-) -> tuple[nn.Module, nn.Module]:
+def _fast(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Module]:
     """Pixels become channels: a convolution at the image's own resolution would cost most."""
     width, fine, side = config.grid_width, config.grid_width // 2, 2 ** (config.grid_stages - 1)
     encoder = nn.Sequential(
         nn.PixelUnshuffle(side),
-        ConvBlock(channels * side**2, fine, norm=norm),
-        ConvBlock(fine, width, kernel=4, stride=2, norm=norm),
-        block(width),
-        nn.Conv2d(width, 2 * config.grid_latent, 1),
+        ConvBlock(channels * side**2, fine, norm="none"),
+        ConvBlock(fine, width, kernel=4, stride=2, norm="none"),
+        GatedBlock(width),
     )
     pixels = nn.Conv2d(fine, channels * side**2, 1)
     # Images start dark, as they are.
     nn.init.constant_(pixels.bias, -3.0)  # type: ignore[arg-type]
     decoder = nn.Sequential(
-        ConvBlock(config.grid_latent, width, norm=norm),
-        *(block(width) for _ in range(blocks)),
+        ConvBlock(config.grid_latent, width, norm="none"),
+        GatedBlock(width),
+        GatedBlock(width),
         nn.Conv2d(width, 4 * fine, 1),
         nn.PixelShuffle(2),
         nn.SiLU(),
-        block(fine),
+        GatedBlock(fine),
         pixels,
         nn.PixelShuffle(side),
         Means(),
@@ -234,8 +320,5 @@ def _paper(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Module]:
 
 
 NETWORKS: dict[str, Callable[[ConvVAEConfig, int], tuple[nn.Module, nn.Module]]] = {
-    "auxiliary": _auxiliary,
-    "gated": partial(_fast, norm="none", block=GatedBlock, blocks=2),
-    "fast": partial(_fast, norm="group", block=ResidualBlock, blocks=1),
-    "paper": _paper,
+    "auxiliary": _auxiliary, "fast": _fast, "paper": _paper
 }

@@ -18,7 +18,7 @@ from pyro_scenes.objectives.base import LEAST, Objective, Weighted, linear, surr
 class ConvVAESchedule:
     """Annealing of the convolutional VAE's training; defaults are the fast preset's. In steps."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.0  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end
@@ -28,7 +28,7 @@ class ConvVAESchedule:
 
 PRESETS = {
     "fast": ConvVAESchedule(),
-    "paper": ConvVAESchedule(ramp=0, decay_to=1.0, beta_end=100_000),
+    "paper": ConvVAESchedule(learning_rate=1e-3, ramp=0, decay_to=1.0, beta_end=100_000),
 }
 
 
@@ -56,6 +56,8 @@ class ConvVAEObjective(Objective):
         with Weighted("z", beta), poutine.scale(scale=1 / len(x)):
             loss, weighted = surrogate(self.elbo, joint, guide, x)
         with torch.no_grad():
-            posterior, prior = (t.trace.nodes["z"]["fn"] for t in (guide, joint))
-            divergence = float(kl_divergence(posterior, prior).mean())
+            divergence = sum(
+                float(kl_divergence(site["fn"], joint.trace.nodes[name]["fn"]).mean())
+                for name, site in guide.trace.nodes.items() if name.startswith("z_")
+            )
         return weighted, {"loss": loss + (1 - beta) * divergence, "kl": divergence, "beta": beta}
