@@ -86,13 +86,10 @@ def drawn(model: ConvVAE, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [(s["fn"].base_dist.loc, s["fn"].base_dist.scale, s["value"]) for s in sites]
 
 
-def grid(model: ConvVAE, values: list[Tensor]) -> Tensor:
-    """The phases' values on one grid."""
-    places = ORDER[model.phases]
-    rows, columns = (sum(values[j].shape[d] for j in which[model.phases]) for d, which in (
-        (-2, {1: [0], 4: [0, 3]}), (-1, {1: [0], 4: [0, 2]})))
+def grid(values: list[Tensor], rows: int, columns: int) -> Tensor:
+    """The phases' values, (..., K, r, c) each, on one grid."""
     z = values[0].new_zeros(*values[0].shape[:-2], rows, columns)
-    for (row, column, step), value in zip(places, values, strict=True):
+    for (row, column, step), value in zip(ORDER[len(values)], values, strict=True):
         z[..., row::step, column::step] = value
     return z
 
@@ -268,7 +265,7 @@ def test_the_densities_by_hand(model) -> None:
     trace = poutine.trace(model.guide).get_trace(x)
     names = [f"z_{i}" for i in range(model.phases)]
     values = [trace.nodes[name]["value"] for name in names]
-    whole = grid(model, values)
+    whole = grid(values, 2, 3)
     assert whole.shape == (3, 2, 2, 3)
     joint = poutine.trace(poutine.replay(model.model, trace=trace)).get_trace(x)
     for found in (trace, joint):
@@ -375,7 +372,7 @@ def test_learning_rates_rise_and_fall() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_presets_have_the_papers_grid_and_size(preset, channels) -> None:
     model = ConvVAE(PRESETS[preset], (channels, 64, 64)).eval()
-    z = grid(model, [value for *_, value in drawn(model, images(1, (channels, 64, 64)))])
+    z = grid([value for *_, value in drawn(model, images(1, (channels, 64, 64)))], 8, 8)
     assert z.shape == (1, 16, 8, 8)  # d = 1024
     assert model.decode(z).shape == (1, channels, 64, 64)
     assert 0.75e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.25e6
@@ -468,7 +465,7 @@ def test_a_reconstruction_is_of_draws_and_the_same_each_time(model, monkeypatch)
     assert torch.allclose(found[:3], found[3:], atol=1e-4)
     assert torch.equal(found, model.reconstruct(x))
     with torch.no_grad(), pyro.plate("particles", 1000, dim=-2):
-        z = grid(model, [value.expand(1000, -1, -1, -1, -1) for *_, value in drawn(model, x)])
+        z = grid([value.expand(1000, -1, -1, -1, -1) for *_, value in drawn(model, x)], 2, 3)
     at_mean, spread = z.mean(0).square().mean((1, 2, 3)), z.var(0).mean((1, 2, 3))
     assert torch.allclose(found.mean((1, 2, 3)), at_mean + spread, rtol=0.1)
     assert (spread > 0.2 * at_mean).all()

@@ -11,9 +11,9 @@ and the guide::
 Each factor is a normal with a diagonal covariance. The paper's networks, and LAVAE's auxiliary VAE,
 draw all cells at once, from N(0, I). The fast preset's draw one of each 2 x 2 cells at a time, in
 four phases, and both sides know the cells that have been drawn. An object covers several cells:
-drawn at once, they all tell of it, and are all paid for, which costs more nats than all else
-(RUNS.md). This prior is learned, and yet the model is one whose codes are N(0, I): take e_i of
-z_i = m_i(z_<i) + s_i(z_<i) e_i for the codes, and this for the first layer of the decoder.
+drawn at once, they all tell of it, and are all paid for (RUNS.md). This prior is learned, and yet
+the model is one whose codes are N(0, I): take e_i of z_i = m_i(z_<i) + s_i(z_<i) e_i for the codes,
+and this for the first layer of the decoder.
 
 ========  ===================  ==========================================================
 symbol    shape                meaning
@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import GenerativeModel
-from pyro_scenes.nets import PHASES, ConvBlock, GatedBlock, PhaseNet, ResidualBlock, cells
+from pyro_scenes.nets import PHASES, ConvBlock, GatedBlock, PhaseNet, ResidualBlock, cells, widened
 
 BLOCKS = 4  # residual blocks on each side of the paper's networks
 DRAWS = 8  # of a reconstruction
@@ -84,7 +84,7 @@ class GridNormal(nn.Module):
     def forward(self, phase: int, z: Tensor) -> dist.TorchDistribution:
         """:param z: (..., K, R, C)."""
         zero = torch.zeros_like(cells(z, phase, self.phases))
-        return normal(zero, zero)
+        return dist.Normal(zero, torch.ones_like(zero)).to_event(3)
 
 
 class GridPhases(nn.Module):
@@ -98,10 +98,12 @@ class GridPhases(nn.Module):
 
     def forward(self, phase: int, z: Tensor) -> dist.TorchDistribution:
         """:param z: (..., K, R, C)."""
-        return normal(*self.net(phase, z).to(z.dtype).chunk(2, -3))
+        return normal(self.net(phase, z))
 
 
-def normal(mean: Tensor, log_variance: Tensor) -> dist.TorchDistribution:
+def normal(raw: Tensor) -> dist.TorchDistribution:
+    """Of cells' means and log variances, (..., 2 K, r, c)."""
+    mean, log_variance = widened(raw).chunk(2, -3)
     return dist.Normal(mean, (0.5 * log_variance.clamp(-14.0, 4.0)).exp()).to_event(3)
 
 
@@ -109,7 +111,7 @@ class Means(nn.Module):
     """Logits -> means of Bernoulli pixels, float32: bfloat16 knows none between 0.996 and 1."""
 
     def forward(self, logits: Tensor) -> Tensor:
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        return widened(logits).sigmoid()
 
 
 class ConvVAE(GenerativeModel):
@@ -182,7 +184,7 @@ class ConvVAE(GenerativeModel):
         """q(z_i | z_<i, h), of what the encoder made of the images, and z as above."""
         with self._precision(z):
             found = h if self.latent_head is None else self.latent_head(phase, z, h)
-        return normal(*found.to(z.dtype).chunk(2, -3))
+        return normal(found)
 
     def _prior(self, phase: int, z: Tensor) -> dist.TorchDistribution:
         with self._precision(z):
