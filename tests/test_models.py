@@ -3,6 +3,7 @@
 A new model gets a row of ``TABLE``.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from test_conv_vae import informed
 from torch import Tensor, nn
@@ -292,6 +294,25 @@ def test_a_step_moves_every_parameter(row) -> None:
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     assert still - row.unreached.keys() == set()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_pyro_is_told_of_the_same_parameters_and_once_in_a_trace(row, monkeypatch) -> None:
+    def told() -> Counter[str]:
+        names = Counter[str]()
+
+        class Told(Messenger):
+            def _pyro_param(self, message: dict) -> None:
+                names[message["name"]] += 1
+
+        with Told():
+            step(row, built(row), images())  # two traces, of guide and model
+        return names
+
+    ours = told()
+    monkeypatch.delattr(GenerativeModel, "__getattr__")
+    theirs = told()
+    assert ours.keys() == theirs.keys() and ours <= theirs
+    assert max(ours.values()) <= 2  # Pyro's own: whenever a part is read
 
 
 def test_two_instances_train_independently(row) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -33,6 +34,16 @@ class GenerativeModel(PyroModule):
     likelihood: nn.Module
     autocast: bool = False
     decoders: tuple[str, ...] = ("decoder",)
+
+    def __getattr__(self, name: str) -> Any:
+        """A part, of whose parameters Pyro is told once in a trace, not whenever it is read."""
+        parts, context = self.__dict__.get("_modules", {}), self.__dict__.get("_pyro_context")
+        if context is None or name not in parts:
+            return super().__getattr__(name)
+        told = f"{name}: told"
+        if context.get(told) is None:
+            context.set(told, super().__getattr__(name))
+        return parts[name]
 
     def model(self, x: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no model")
