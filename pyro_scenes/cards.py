@@ -54,7 +54,8 @@ def ship(
     mnist: Path | None = None,
     device: str = "auto",
 ) -> str:
-    """Write ``name``.pt (the weights of the first run), .json (figures of all) and .md (the card).
+    """Write ``name``.pt (the weights of the first run), .json (figures of all), and the card, .md
+    and .png.
 
     :param runs: finished runs of one command that differ in their seeds alone.
     :param images: test images of each kind. :param nll_images: of those, the likelihood of so many.

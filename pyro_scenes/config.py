@@ -21,7 +21,7 @@ from pyro_scenes.objectives import schedule
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the training loop; defaults are the fast presets'."""
+    """Settings of the training loop; defaults are those of LAVAE's fast preset."""
 
     steps: int = 3000
     batch_size: int = 64
@@ -35,35 +35,21 @@ class TrainConfig:
     eval_images: int = 500  # of that look
 
 
+LAVAE_PAPER = TrainConfig(
+    steps=100_000, optimizer="adamax", beta2=0.999, clip=0.0, precision="float32", eval_every=1000
+)
 AIR_PAPER = TrainConfig(
     steps=375_000, beta2=0.999, precision="float32", eval_every=1000  # 300 epochs of 80,000
 )
 # model name -> settings by preset; a model without an entry has the defaults
 TRAINING = {
-    "lavae": {
-        "fast": TrainConfig(),
-        "paper": TrainConfig(
-            steps=100_000,
-            optimizer="adamax",
-            beta2=0.999,
-            clip=0.0,
-            precision="float32",
-            eval_every=1000,
-        ),
-    },
+    "lavae": {"fast": TrainConfig(), "paper": LAVAE_PAPER},
     "discrete-air": {"fast": TrainConfig(steps=1500), "paper": AIR_PAPER},
     "air": {"fast": TrainConfig(steps=2000), "paper": AIR_PAPER},
     "conv-vae": {
         # Small batches: a minute of them learns more.
         "fast": TrainConfig(steps=20_000, batch_size=16, beta2=0.999, eval_every=1000),
-        "paper": TrainConfig(  # as LAVAE's, but for the steps after beta has risen
-            steps=200_000,
-            optimizer="adamax",
-            beta2=0.999,
-            clip=0.0,
-            precision="float32",
-            eval_every=1000,
-        ),
+        "paper": replace(LAVAE_PAPER, steps=200_000),  # half of them after beta has risen
     },
 }
 
@@ -88,6 +74,8 @@ LEAST = {
 MOST = {
     "grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999, "looks": 100,
     "rounds": 100,
+    # Parts of a training.
+    **dict.fromkeys(("beta_full", "decay_from", "fit_from", "rest_from"), 1.0),
 }
 LARGEST = 2**16  # of any other whole number in a network's settings, and of an image's sides
 LAYERS = 100  # numbers in one setting
@@ -107,6 +95,7 @@ class RunConfig:
     parts: typing.ClassVar[tuple[str, ...]] = ("train", "schedule", "net")
 
     def to_dict(self) -> dict:
+        """As JSON has it, but for tuples."""
         return asdict(self)
 
     def command(self, seed: int | str) -> str:
@@ -165,7 +154,7 @@ def make_config(
     :param data: a registered data set or the path of an npz file.
     :param settings: "name=value", any field of the three parts.
     :param known: insist that ``data`` exists.
-    :raises UserError: on unknown names and values of the wrong type.
+    :raises UserError: on unknown names and values of the wrong type or size.
     """
     if model not in MODELS:
         raise UserError(f"no model is called {model!r:.60}; there are {', '.join(MODELS)}")
@@ -247,6 +236,7 @@ def _with(config: RunConfig, name: str, value: Any) -> RunConfig:
 
 
 def setting_names(config: RunConfig) -> list[str]:
+    """What ``--set`` reaches."""
     return [f.name for part in RunConfig.parts for f in fields(getattr(config, part))]
 
 

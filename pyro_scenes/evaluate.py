@@ -26,7 +26,10 @@ IMPOSSIBLE = 1e20
 def infer(
     model: SceneModel, data: SceneData, limit: float | None = None
 ) -> tuple[Scene, Tensor]:
-    """The scenes of a whole data set and its segmentation (N, H, W), on the CPU."""
+    """The scenes of a whole data set and its segmentation (N, H, W), on the CPU.
+
+    :raises UserError: if an image shows more objects than the limit.
+    """
     device = next(model.parameters()).device
 
     def inferred(start: int) -> tuple[Scene, Tensor]:

@@ -17,7 +17,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution, activation, normalisation."""
+    """Convolution, activation, normalisation: (B, inputs, H, W) -> (B, outputs, H', W')."""
 
     def __init__(self, inputs, outputs, kernel=3, stride=1, norm="group", activation=nn.SiLU):
         super().__init__(
@@ -39,7 +39,7 @@ def normalisation(kind: str, channels: int) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a skip."""
+    """Two convolutions and a skip, (B, channels, H, W) -> the same."""
 
     def __init__(self, channels: int, norm: str = "group", activation=nn.SiLU):
         super().__init__()
@@ -54,6 +54,8 @@ class ResidualBlock(nn.Module):
 
 class GatedBlock(nn.Module):
     """Two convolutions, of which the first gates half of its channels by the others, and a skip.
+
+    (B, channels, H, W) -> the same.
 
     What is drawn times where it is drawn is a product. Without norms: a block starts near the
     identity, and sees no more than what is near.
@@ -89,6 +91,7 @@ class PhaseNet(nn.Module):
     The same weights serve all phases, so that all learn from all; only where it starts differs.
 
     :param latent: K, numbers in a cell. :param features: F, of what else is seen of each, or 0.
+    :param hidden: channels of what is between.
     :param reach: side of the window of cells that is looked at, odd.
     """
 
@@ -153,7 +156,10 @@ class LocationNet(nn.Module):
 
 
 class PaperTrunk(nn.Sequential):
-    """The residual network of LAVAE's appendix B: 4 blocks of 2 convolutions at full resolution."""
+    """The residual network of LAVAE's appendix B: 4 blocks of 2 convolutions at full resolution.
+
+    (B, C, H, W) -> (B, width, H, W).
+    """
 
     def __init__(self, channels: int, width: int):
         act = nn.LeakyReLU
@@ -307,7 +313,7 @@ class _PlainResidualBlock(nn.Module):
 
 
 class WindowEncoder(nn.Sequential):
-    """Window -> features: three strided convolutions and a linear layer."""
+    """Window (N, C, side, side) -> (N, features): three strided convolutions and a linear layer."""
 
     def __init__(self, channels: int, side: int, width: int, features: int):
         cells = (-(-side // 8)) ** 2
@@ -319,7 +325,10 @@ class WindowEncoder(nn.Sequential):
 
 
 class PaperEmbedding(nn.Sequential):
-    """Image -> features: convolutions and pooling, then all places in one vector (D-AIR, C.1)."""
+    """Image -> features: convolutions and pooling, then all places in one vector (D-AIR, C.1).
+
+    (N, C, H, W) -> (N, 32 * (H // 8) * (W // 8)).
+    """
 
     def __init__(self, channels: int, size: tuple[int, int]):
         layers: list[nn.Module] = []
@@ -333,7 +342,7 @@ class PaperEmbedding(nn.Sequential):
 
 
 class PaperEncoder(nn.Sequential):
-    """Window -> features: three strided convolutions (D-AIR, C.1)."""
+    """Window (N, C, side, side) -> (N, features): three strided convolutions (D-AIR, C.1)."""
 
     def __init__(self, channels: int, side: int):
         layers: list[nn.Module] = []
@@ -346,7 +355,7 @@ class PaperEncoder(nn.Sequential):
 
 
 class PaperDecoder(nn.Sequential):
-    """Code -> window of 32 x 32: linear and transposed convolutions (D-AIR, table 2)."""
+    """Code (N, code) -> window (N, C, 32, 32): linear, transposed convolutions (D-AIR, table 2)."""
 
     def __init__(self, code: int, channels: int):
         super().__init__(
@@ -360,7 +369,7 @@ class PaperDecoder(nn.Sequential):
 
 
 def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Linear layers with SiLU between."""
+    """Linear layers with SiLU between, (..., inputs) -> (..., outputs)."""
     sizes = (inputs, *hidden)
     layers: list[nn.Module] = []
     for before, after in zip(sizes, sizes[1:], strict=False):

@@ -79,7 +79,10 @@ class LearnedCount(nn.Module):
 
 
 class UniformCount(nn.Module):
-    """p(n) uniform over ``low..high``, both included (LAVAE, figure 9)."""
+    """p(n) uniform over ``low..high``, both included (LAVAE, figure 9).
+
+    :raises UserError: unless 0 <= low <= high.
+    """
 
     def __init__(self, low: int, high: int):
         super().__init__()
@@ -98,6 +101,7 @@ class GeometricCount(nn.Module):
     """p(n) in proportion to ``more ** n`` up to the limit, which takes the tail (AIR, section 2).
 
     :param more: probability of one more object, in (0, 1).
+    :raises UserError: if it is not.
     """
 
     def __init__(self, more: float, limit: int):

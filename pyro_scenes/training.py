@@ -101,7 +101,10 @@ def train(
 
 
 class Run:
-    """A model in training, with all that a checkpoint of it holds."""
+    """A model in training, with all that a checkpoint of it holds.
+
+    :raises UserError: if settings do not suit the data or the machine, or the data cannot be read.
+    """
 
     def __init__(self, config: RunConfig, device: str = "auto", mnist: Path | None = None):
         self.config = config
@@ -146,7 +149,11 @@ class Run:
         self._order: tuple[int, np.ndarray] | None = None
 
     def loop(self, out: Path, progress: bool = True) -> None:
-        """Go on to the last step."""
+        """Go on to the last step.
+
+        :raises KeyboardInterrupt, Terminated: when told to stop, with what was done kept.
+        :raises UserError: if the loss is not finite.
+        """
         settings = self.config.train
         started = time.perf_counter() - self.seconds
         shown: dict[str, float] = {}

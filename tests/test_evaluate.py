@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_bounds import Fixed, Prior
 from torch import Tensor, nn
 
 from pyro_scenes import bounds, evaluate, metrics, report
@@ -19,24 +20,6 @@ CONFIG = LAVAEConfig(
     appearance_width=4, appearance_hidden=6, sprite_hidden=(6,), count_window=3, blocked_window=1,
     count_threshold=2.0, logit_scale=0.5, likelihood_floor=0.2,
 )
-
-
-class Fixed(nn.Module):
-    """A sprite decoder that ignores z_app."""
-
-    def __init__(self, sprite: Tensor):
-        super().__init__()
-        self.register_buffer("sprite", sprite)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.sprite.expand(len(z), -1, -1, -1)
-
-
-class Prior(nn.Module):
-    """An appearance network whose q(z_app | z_loc, x) is the prior, N(0, 1)."""
-
-    def forward(self, x: Tensor, places: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        return (torch.zeros(len(places), 1),) * 2
 
 
 class Bright(nn.Module):

@@ -83,7 +83,10 @@ class DatasetSpec:
     others: Mapping[str, str] = field(default_factory=dict)
 
     def objects_range(self, objects: tuple[int, int] | None) -> tuple[int, int]:
-        """The fewest and the most objects: those asked for, or the data set's own for None."""
+        """The fewest and the most objects: those asked for, or the data set's own for None.
+
+        :raises UserError: if they are no range, or more than MOST_OBJECTS.
+        """
         low, high = self.objects if objects is None else objects
         if not 0 <= low <= high <= MOST_OBJECTS:
             raise UserError(f"objects {low}-{high}: give the fewest and the most objects a scene, "

@@ -110,7 +110,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_header(name: str, entry: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """An array's shape and dtype; the entry is left where its values begin."""
+    """An array's shape and dtype; the entry is left where its values begin.
+
+    :raises ValueError: if it is damaged or of a format that is not known.
+    """
     beginning = io.BytesIO(entry.read(HEADER))
     version = npy.read_magic(beginning)
     if version not in ((1, 0), (2, 0)):

@@ -94,6 +94,7 @@ class AIR(Attend):
     """See the module's docstring.
 
     :param image_shape: (C, H, W).
+    :raises UserError: for networks or a likelihood of another name.
     """
 
     across = 1

@@ -32,7 +32,7 @@ density here has none, see objectives/conv_vae.py.
 Three sets of networks: the baseline's of the paper; the fast preset's, which have the same grid and
 1.2 million parameters, yet work at an eighth and a quarter of the image's sides alone; and a small
 set with a finer grid, the auxiliary VAE of LAVAE's warm-up. The paper leaves the sizes of kernels
-open: they are 3 here, and 4 where the stride is 2.
+open: in its networks they are 3 here, and 4 where the stride is 2.
 
 A prior is called as latent_prior(i, z), where z has 0 in cells that are not drawn yet, and returns
 the distribution of z_i.
@@ -111,6 +111,7 @@ class Means(nn.Module):
     """Logits -> means of Bernoulli pixels, float32: bfloat16 knows none between 0.996 and 1."""
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Any shape -> the same."""
         return widened(logits).sigmoid()
 
 

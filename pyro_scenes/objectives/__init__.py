@@ -1,8 +1,8 @@
 """What a training minimises, and everything that is annealed: from outside, never in a model.
 
 An objective gives the loss of a batch by way of a Pyro ELBO, see `Objective`. It owns what it
-needs besides the model (LAVAE's auxiliary VAE, AIR's baselines), says the learning rates of each
-step, and leaves the model at the end of each step as it would be evaluated.
+needs besides the model (LAVAE's auxiliary VAE, Discrete-AIR's rescue), says the learning rates of
+each step, and leaves the model at the end of each step as it would be evaluated.
 """
 
 from collections.abc import Callable

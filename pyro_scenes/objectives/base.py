@@ -85,6 +85,8 @@ def surrogate(
     """The loss, and what has its gradients: ``elbo.loss_and_grads``, before it goes backward.
 
     The same as ``elbo.differentiable_loss``, which TraceGraph_ELBO lacks and which rounds the loss.
+
+    :param x: (B, C, H, W), what model and guide are called with.
     """
     if isinstance(elbo, TraceGraph_ELBO):
         bound, loss = elbo._loss_and_surrogate_loss(model, guide, (x,), {})

@@ -34,7 +34,7 @@ SLEEP = 6  # Dreams take one of so many steps of a training, at most.
 class LAVAESchedule:
     """Annealing and warm-up of LAVAE's training, in steps.
 
-    Defaults are the fast preset's, but for its dreams.
+    Defaults are the fast preset's, but for its dreams and its exact divergence.
     """
 
     learning_rate: float = 5e-3  # appearance network and sprite decoder

@@ -25,6 +25,7 @@ def with_objects(model: GenerativeModel) -> SceneModel:
 def scenes_in(
     model: GenerativeModel, images: Tensor, limit: float | None
 ) -> tuple[SceneModel, Scene]:
+    """The model itself and what it finds. Raises UserError as `with_objects` and `infer` do."""
     model = with_objects(model)
     return model, model.infer(images.to(next(model.parameters()).device), limit)
 

@@ -110,7 +110,11 @@ def fit(size: tuple[int, ...], target: int, whole: bool = False) -> tuple[int, i
 
 
 def as_pictures(images: ArrayLike, rank: int, name: str) -> NDArray[Any]:
-    """(..., C, H, W) images to (..., H, W, 3), clipped to [0, 1]."""
+    """(..., C, H, W) images to (..., H, W, 3), clipped to [0, 1].
+
+    Raises:
+        ValueError: they have another rank, no images, channels but 1 or 3, or are not floats.
+    """
     array = as_numpy(images)
     if array.ndim != rank or array.shape[-3] not in (1, 3) or not len(array):
         raise ValueError(
@@ -124,6 +128,7 @@ def as_pictures(images: ArrayLike, rank: int, name: str) -> NDArray[Any]:
 
 
 def as_numpy(values: ArrayLike) -> NDArray[Any]:
+    """The same numbers on the CPU, detached; of bfloat16 as float32."""
     if not isinstance(values, Tensor):
         return np.asarray(values)
     values = values.detach().cpu()
