@@ -40,7 +40,7 @@ COUNT = "n"
 BATCH, RATE = 64, 5e-4
 CLIP = 100.0  # largest norm of its gradient
 # A step by which all that an objective anneals has come to its end.
-END = 10**9
+END = 720_720_000  # a multiple of every `location_every` up to 16
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,9 @@ def train(
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         objective.modules.to(device)
         model.train()
+        for name, part in model.named_children():  # norms of batches follow what they are shown
+            if name in model.decoders or name.endswith("_prior"):
+                part.eval()
         with tqdm(total=steps, desc="guide", unit="step", disable=not progress) as bar:
             for _ in range(steps):
                 with torch.no_grad():

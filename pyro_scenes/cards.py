@@ -68,9 +68,9 @@ def ship(
     loaded = [checkpoint.load(run, device) for run in runs]
     _same_command(loaded)
     entries = []
-    for run, trained in zip(runs, loaded, strict=True):
+    for trained in loaded:
         checkpoint.rounded(trained.model)  # what is measured is what ships
-        entries.append(_measure(run, trained, images, particles, nll_images, mnist))
+        entries.append(_measure(trained, images, particles, nll_images, mnist))
     config = loaded[0].config
     content = {
         "name": name,
@@ -155,10 +155,12 @@ def _same_command(loaded: list[Checkpoint]) -> None:
             raise UserError("a shipped checkpoint is trained on a registered data set")
         if trained.training is None or trained.step < trained.config.train.steps:
             raise UserError(f"{trained.path} is not a finished run")
+    seeds = [trained.config.seed for trained in loaded]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"of the runs two have the same seed: {', '.join(map(str, seeds))}")
 
 
 def _measure(
-    run: Path,
     trained: Checkpoint,
     images: int,
     particles: int,
@@ -167,7 +169,8 @@ def _measure(
 ) -> dict:
     """One seed's entry; kept beside the run, so that measuring many can be interrupted."""
     weights = checkpoint.digest(trained.path)
-    kept = run / f"figures-{images}-{nll_images or images}x{particles}-{weights}.json"
+    name = f"figures-{images}-{nll_images or images}x{particles}-{weights}.json"
+    kept = trained.path.parent / name
     if kept.exists():
         return read_json(kept, ("seed", "steps", "training_seconds", "machine", "figures"))
     assert trained.training is not None

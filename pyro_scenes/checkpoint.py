@@ -39,6 +39,11 @@ class Checkpoint:
     path: Path
     training: dict | None
 
+    @property
+    def name(self) -> str:
+        """What it is called: its run's folder, or the file."""
+        return self.path.resolve().parent.name if self.path.name == FILE else self.path.stem
+
 
 # What a checkpoint holds, by the types of the values.
 CONTENT = {"format": str, "config": str, "image_shape": list, "step": int, "model": dict}

@@ -73,7 +73,7 @@ LEAST = {
 # What would take memory or time without end if it were larger, whoever asks for it.
 MOST = {
     "grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999, "looks": 100,
-    "rounds": 100,
+    "rounds": 100, "beta2": 0.999999,
     # Parts of a training.
     **dict.fromkeys(("beta_full", "decay_from", "fit_from", "rest_from"), 1.0),
 }

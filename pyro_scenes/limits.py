@@ -10,6 +10,8 @@ than `most` bytes. While it reads it takes at most PEAK times as much, copies an
 | IDX | nothing: mnist.LIMIT is far below |
 | checkpoint | its tensors, its pickle as the objects it may become, and the model it asks for |
 | JSON | its text as the objects it may become |
+
+And the largest seed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pyro_scenes.errors import UserError
 VARIABLE = "PYRO_SCENES_MEMORY"  # GiB, in place of the default
 DEFAULT = 4.0
 PEAK = 3
+LAST_SEED = 2**64 - 1  # that torch takes
 OBJECTS = 100  # bytes that a byte of JSON or of a pickle may take as Python objects, at most
 
 

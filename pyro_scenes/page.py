@@ -6,13 +6,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_scenes import checkpoint, markup, pictures, plots, report
+from pyro_scenes import markup, pictures, plots, report
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.data import SceneData
 from pyro_scenes.errors import UserError
@@ -64,12 +63,7 @@ def build(
             heading, caption = DRAWN[name]
             parts[heading] = _changed(name, model, images, caption)
     parts = {heading: part for heading, part in parts.items() if part}
-    return markup.document(_name(trained.path), _about(trained), parts)
-
-
-def _name(path: Path) -> str:
-    """What a checkpoint is called: its run's folder, or the file."""
-    return path.resolve().parent.name if path.name == checkpoint.FILE else path.stem
+    return markup.document(trained.name, _about(trained), parts)
 
 
 def _about(trained: Checkpoint) -> str:

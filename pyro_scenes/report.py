@@ -33,7 +33,7 @@ def claim(
     drawn = [path for path in figures if path]
     paths = [path for path in files if path] + drawn
     for path in paths:
-        if path.is_dir() or (path.exists() and not force):
+        if path.exists() and not (force and path.is_file()):
             raise UserError(f"{path} exists: give another name, or --force to overwrite a file")
         if paths.count(path) > 1:
             raise UserError(f"{path} is named for two outputs: give each its own")

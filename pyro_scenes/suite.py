@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -158,14 +159,14 @@ def head(folder: Path) -> str:
         "data", "model", "seeds", "-log p(x) <=", "paper", "entropy", "count right", "paper",
         CROWDED_LABEL, "correspondence", "paper", "ARI", "s / 1,000 images",
     )
-    rows = []
+    rows, kept = [], _kept(folder)
     for name, content in _contents().items():
         settings, runs = content["settings"], content["runs"]
         data, model = settings["data"], settings["model"]
         labelled = cards.by_label(runs)
         figures, crowded = next(iter(labelled.values())), labelled.get(CROWDED_LABEL, [])
         paper = PAPERS.get((model, data), {})
-        measured = _read(Cell(name, data, DATASETS[data].objects).file(folder))
+        measured = kept.get(Cell(name, data, DATASETS[data].objects).file(folder), {})
         rows.append((
             data, f"[{model}](pyro_scenes/checkpoints/{name}.md)", str(len(runs)),
             cards.bound(figures), paper.get("nll", "-"), _entropy(measured),
@@ -190,22 +191,24 @@ def page(folder: Path) -> str:
         " segmentations, on the machine that ran the suite.", "",
         head(folder), "", *_short(),
     ]
+    kept = _kept(folder)
     headings = (
         "checkpoint", "-log p(x) <=", "entropy", "count right", *CROWDED, "correspondence",
         "purity", "ARI", "s / 1,000 images",
     )
     for data, spec in DATASETS.items():
-        rows = []
+        rows, asked = [], defaultdict(list)
         for name, content in _contents().items():
-            own = _read(Cell(name, data, spec.objects).file(folder))
+            own = kept.get(Cell(name, data, spec.objects).file(folder))
             if not own:
                 continue
+            asked[tuple(own["asked"])].append(name)
             trained_on = content["settings"]["data"]
             label = name if trained_on == data else f"{name} (trained on {trained_on})"
             if "error" in own:
                 rows.append((label, own["error"], *["-"] * (len(headings) - 2)))
                 continue
-            crowded = [_read(Cell(name, data, (n, n)).file(folder)) for n in OBJECTS]
+            crowded = [kept.get(Cell(name, data, (n, n)).file(folder), {}) for n in OBJECTS]
             rows.append((
                 label, _bound(own), _entropy(own), _number(own, "count_accuracy", 4),
                 *(_number(cell, "count_accuracy", 4) for cell in crowded),
@@ -213,14 +216,14 @@ def page(folder: Path) -> str:
                 _number(own, "ari", 3), _number(own, "seconds_per_1000", 1),
             ))
         if rows:
-            lines += ["", f"## {data}", "", _asked(folder, data), ""]
+            lines += ["", f"## {data}", "", _amounts(spec.objects, asked), ""]
             lines += _table(headings, rows)
     lines += ["", "## Where the nats go", "", "Parts of the bound of one sample, in nats an image,"
               " and how many samples of the importance weights count.", ""]
     rows = []
     for name, content in _contents().items():
         data = content["settings"]["data"]
-        own = _read(Cell(name, data, DATASETS[data].objects).file(folder))
+        own = kept.get(Cell(name, data, DATASETS[data].objects).file(folder), {})
         if own.get("split"):
             parts = " + ".join(f"{part} {value:.1f}" for part, value in own["split"].items())
             curve = ", ".join(f"{point['nll']:.1f}" for point in own["curve"])
@@ -268,15 +271,31 @@ def _read(file: Path) -> dict:
     return read_json(file, ("weights", "asked")) if file.exists() else {}
 
 
-def _asked(folder: Path, data: str) -> str:
-    """How much was measured, of the last cell; all cells of a suite are alike."""
-    low, high = DATASETS[data].objects
-    files = sorted(folder.glob(f"*/{data}-{low}-{high}.json"))
-    images, nll_images, particles = _read(files[-1])["asked"]
-    return (
+def _kept(folder: Path) -> dict[Path, dict]:
+    """What was measured of the weights that ship now, by file: of others it would be stale."""
+    kept = {}
+    for name, path in checkpoint.shipped().items():
+        weights = checkpoint.digest(path)
+        for file in sorted((folder / name).glob("*.json")):
+            cell = _read(file)
+            if cell["weights"] == weights:
+                kept[file] = cell
+    return kept
+
+
+def _amounts(objects: tuple[int, int], asked: Mapping[tuple, Sequence[str]]) -> str:
+    """How much was measured.
+
+    :param asked: images, those with a likelihood and particles -> checkpoints measured so.
+    """
+    low, high = objects
+    of = [
         f"{images:,} scenes of {low} to {high} objects, and as many of each crowded kind; -log p(x)"
-        f" of {nll_images:,} with {particles:,} importance samples; the shipped weights."
-    )
+        f" of {nll_images:,} with {particles:,} importance samples"
+        + (f" ({', '.join(names)})" if len(asked) > 1 else "")
+        for (images, nll_images, particles), names in asked.items()
+    ]
+    return f"{'; '.join(of)}; the shipped weights."
 
 
 def _bound(figures: dict) -> str:

@@ -26,6 +26,7 @@ from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data.files import read_json, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.limits import LAST_SEED
 
 FIGURES, LOG = "figures.json", "log.txt"
 # Parts of held-out counts that are right, up to which steps and seconds are counted.
@@ -88,6 +89,10 @@ def seeds(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"seeds are like 0-4 or 1,3,7-9, not {text!r}")
+        if int(last or first) < int(first):
+            raise UserError(f"the seeds {part} end before they begin")
+        if int(last or first) > LAST_SEED:
+            raise UserError(f"seeds must be at most {LAST_SEED}, not {last or first:.60}")
         found += range(int(first), int(last or first) + 1)
     if not found or len(set(found)) < len(found):
         raise UserError(f"the seeds {text!r} are none, or one of them comes twice")
@@ -114,6 +119,8 @@ def cells(
         values = text.split(";" if ";" in text else ",")
         if name in axes or len(set(values)) < len(values):
             raise UserError(f"the grid has {name}, or a value of it, twice")
+        if name == "steps" and common.get("steps") is not None:
+            raise UserError("steps are an axis of the grid: leave --steps out")
         axes[name] = values
     found = []
     for combination in itertools.product(*axes.values()):

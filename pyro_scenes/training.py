@@ -86,6 +86,9 @@ def train(
                 stack.enter_context(alone_in(out))
             for name in (checkpoint.FILE, "config.json", "history.json"):
                 remove_unfinished(out / name)
+            if kept is None:  # else a run stopped before its first checkpoint would have another's
+                for name in (checkpoint.FILE, "history.json"):
+                    (out / name).unlink(missing_ok=True)
             write_json(out / "config.json", config.to_dict())
             if kept is not None:  # A process that was killed may have written one file, not both.
                 write_json(out / "history.json", run.history)

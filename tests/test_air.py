@@ -1156,10 +1156,11 @@ def test_the_start_of_a_category_decides_between_equals_and_ends_with_the_step()
     assert model.start is None
 
 
-def test_attributes_count_from_the_step_that_is_set() -> None:
+@pytest.mark.parametrize("steps, first", [(10, 5), (6, 3)])
+def test_attributes_count_from_the_step_that_is_set_or_half_way(steps: int, first: int) -> None:
     model = DiscreteAIR(DISCRETE, SHAPE)
-    objective = DiscreteAIRObjective(DiscreteAIRSchedule(attributes_from=5), model, 10)
-    for step, trained in ((4, False), (5, True)):
+    objective = DiscreteAIRObjective(DiscreteAIRSchedule(attributes_from=5), model, steps)
+    for step, trained in ((first - 1, False), (first, True)):
         model.zero_grad()
         objective.backward(model, torch.rand(16, *SHAPE), step)
         assert model.attribute is not None

@@ -274,10 +274,12 @@ def test_the_generative_models_parameters_are_those_of_its_density(row) -> None:
     ("discrete-air", ["window=8", "code=5", "decoder_hidden=6", "hidden=7", "glimpse=8",
                       "glimpse_width=2", "angles=8"]),
     ("conv-vae", ["grid_latent=2", "grid_stages=2", "grid_width=8"]),
+    ("conv-vae", ["grid_latent=2", "grid_stages=2", "grid_width=8", "networks=paper"]),
 ])
 def test_a_training_of_the_guide_moves_the_guide_alone(name, settings) -> None:
     config = make_config(name, "multi-dsprites", settings=settings)
     model = checkpoint.build(config, (3, 12, 8)).eval()
+    running = {n: b.clone() for n, b in model.named_buffers() if n.startswith("decoder.")}
     objective = OBJECTIVES[name][0](config.schedule, model, 100)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     generative = {id(p) for p in model.generative()}
@@ -285,6 +287,9 @@ def test_a_training_of_the_guide_moves_the_guide_alone(name, settings) -> None:
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     fixed = {name for name, p in model.named_parameters() if id(p) in generative}
     assert fixed and not fixed & moved and moved
+    # Norms of batches too: of another decoder the guide would learn another posterior.
+    assert all(torch.equal(dict(model.named_buffers())[n], b) for n, b in running.items())
+    assert ("networks=paper" in settings) == any("running" in n for n in running)
     assert all(p.requires_grad for p in model.parameters()) and not model.training
 
 

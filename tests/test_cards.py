@@ -101,6 +101,18 @@ def test_figures_of_the_same_weights_are_measured_once(
         cards.ship("tiny", [runs[0]], folder=tmp_path / "third", **asked | {"images": 4})
 
 
+def test_a_file_of_a_run_is_measured_as_the_run_is(runs: list[Path], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"images": 2, "particles": 1, "device": "cpu"}
+    card = cards.ship("tiny", [runs[0] / "checkpoint.pt"], folder=tmp_path / "file", **asked)
+    assert cards.ship("tiny", [runs[0]], folder=tmp_path / "run", **asked) == card
+
+
+def test_a_seed_counts_once(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="same seed: 1, 0, 1"):
+        cards.ship("tiny", [runs[1], *runs], folder=tmp_path / "shipped", images=2)
+    assert not (tmp_path / "shipped").exists()
+
+
 def test_what_was_trained_on_a_file_does_not_ship(tmp_path: Path) -> None:
     save_npz(tmp_path / "mine.npz", load("multi-dsprites", images=20))
     config = make_config("lavae", str(tmp_path / "mine.npz"), settings=TINY, steps=1)

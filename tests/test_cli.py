@@ -1,6 +1,7 @@
 """Every command, through click's runner: what it writes, and one clear line for each bad input."""
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -154,6 +155,8 @@ BAD = [
     ("svi-train --model lavae --data cut.npz", "cut.npz"),
     ("svi-train --model lavae --data text.npz", "text.npz"),
     ("svi-train --model lavae --data multi-mnist-1k --mnist empty", "empty"),
+    (f"{TRAIN} --out new --set beta2=1", "beta2 must be at most 0.999999"),
+    (f"{TRAIN} --out new --seed {2**64}", "--seed"),
     (f"{TRAIN} --out run", "--resume"),
     (f"{TRAIN} --out run --resume --seed 5", "seed"),
     (f"{TRAIN} --out run --resume --set learning_rate=0.5", "learning_rate"),
@@ -393,6 +396,12 @@ def test_the_shipped_checkpoints_are_listed() -> None:
     listed = succeeded("svi-eval --list").stdout.split()
     shipped = {path.stem for path in (ROOT / "pyro_scenes" / "checkpoints").glob("*.pt")}
     assert shipped <= set(listed)
+
+
+def test_force_replaces_files_alone(folder: Path) -> None:
+    os.mkfifo("pipe")  # as /dev/null
+    with pytest.raises(UserError, match="pipe exists"):
+        report.claim([Path("pipe")], [], force=True)
 
 
 def test_force_overwrites_an_output(folder: Path) -> None:

@@ -364,9 +364,14 @@ def test_what_may_be_read_takes_no_more_than_its_bound(tmp_path: Path, binary: b
     assert data.shape == (side, side, 1) and data.binary == binary
 
 
-def test_too_little_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allocate", [
+    lambda: [0] * 2**60, lambda: np.zeros(2**50), lambda: torch.zeros(2**50),
+])
+def test_too_little_memory_is_one_line(
+    allocate: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none_left(*arguments: object, **options: object) -> None:
-        raise MemoryError
+        allocate()
 
     monkeypatch.setattr("pyro_scenes.data.make", none_left)
     out = str(tmp_path / "new.npz")

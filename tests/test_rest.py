@@ -73,6 +73,11 @@ def test_rates_go_on_falling_while_places_rest() -> None:
     assert appearance[50] == pytest.approx(0.505 * 5e-3, rel=1e-3) and appearance[99] < 1e-4
 
 
+def test_a_prior_is_fitted_in_a_short_training_too() -> None:
+    objective, _, _ = learning(fit_from=0.999)  # of 100 steps
+    assert objective.fits == 99 and set(objective.events) == {99}
+
+
 def test_without_a_phase_of_rest_all_is_as_before() -> None:
     objective, model, x = learning()
     assert objective.fits is None and not objective.rests(99) and not objective.rests(100)

@@ -103,6 +103,19 @@ def test_it_goes_on_where_it_stopped_and_measures_anew_what_changed() -> None:
     assert again.output.count("results/") == 5
 
 
+def test_the_page_shows_no_cell_of_other_weights_and_how_much_was_measured() -> None:
+    run()
+    assert "6 scenes of 0 to 3 objects" in Path("RESULTS.md").read_text()
+    own = Cell("tiny", "multi-dsprites", (0, 3)).file(Path("results"))
+    cell = json.loads(own.read_text())
+    assert suite._number(cell, "ari", 3) in suite.head(Path("results"))
+    write_json(own, cell | {"weights": "others", "ari": 0.1234})
+    assert "0.123" not in suite.page(Path("results"))
+    assert "## multi-dsprites" not in suite.page(Path("results"))
+    amounts = suite._amounts((0, 3), {(6, 6, 2): ["one"], (9, 8, 2): ["two", "three"]})
+    assert "6 scenes" in amounts and "(one)" in amounts and "(two, three)" in amounts
+
+
 def test_a_failure_is_kept_and_shown(monkeypatch) -> None:
     def fail(*arguments, **options) -> dict:
         raise UserError("an image shows too many objects")

@@ -50,10 +50,17 @@ def test_a_grid_of_no_settings_is_refused(tmp_path, grid) -> None:
         sweep.cells(grid, (0,), tmp_path, **COMMON)
 
 
+def test_steps_are_an_axis_or_given_not_both(tmp_path) -> None:
+    with pytest.raises(UserError, match="leave --steps out"):
+        sweep.cells(["steps=3,4"], (0,), tmp_path, **COMMON | {"steps": 5})
+    found = sweep.cells(["steps=3,4"], (0,), tmp_path, **COMMON | {"steps": None})
+    assert [cell.config().train.steps for cell in found] == [3, 4]
+
+
 def test_seeds() -> None:
     assert sweep.seeds("0-4") == (0, 1, 2, 3, 4)
     assert sweep.seeds("1,3,7-8") == (1, 3, 7, 8)
-    for wrong in ("", "a", "1-", "-1", "3-1", "1,1", "0-2,1", "1.5"):
+    for wrong in ("", "a", "1-", "-1", "3-1", "1,5-3", "1,1", "0-2,1", "1.5", f"{2**64}"):
         with pytest.raises(UserError):
             sweep.seeds(wrong)
 

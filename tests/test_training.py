@@ -199,6 +199,23 @@ def test_a_run_that_is_there_is_kept_unless_forced(data, tmp_path) -> None:
     assert differences(forced.state_dict(), fresh.state_dict()) == []
 
 
+def test_a_forced_run_that_stops_early_leaves_nothing_of_the_one_before(
+    data, tmp_path, monkeypatch
+) -> None:
+    run(configured(data, steps=2), tmp_path)
+    config = configured(data, steps=2, seed=1)
+
+    def killed(*arguments: object) -> None:
+        raise RuntimeError("before the first checkpoint")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(training.Run, "loop", killed)
+        run(config, tmp_path, force=True)
+    assert set(files(tmp_path)) == {"config.json"}
+    run(config, tmp_path, resume=True)
+    assert checkpoint.load(tmp_path).config.seed == 1
+
+
 def test_weights_alone_cannot_be_resumed(data, tmp_path) -> None:
     config = configured(data, steps=2)
     run(config, tmp_path)

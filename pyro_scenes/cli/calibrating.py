@@ -59,7 +59,7 @@ def calibrate(checkpoint: str, scenes: int, draws: int, steps: int, figure: Path
     text = report.calibration(result)
     click.echo(text)
     if out:
-        write_json(out, {"checkpoint": trained.path.stem, "draws": draws, "seed": seed,
+        write_json(out, {"checkpoint": trained.name, "draws": draws, "seed": seed,
                          "guides": result})
     if figure:
         plots.save(plots.calibration_figure({k: v.values for k, v in found.items()}), figure)

@@ -14,6 +14,9 @@ import click
 
 from pyro_scenes import __version__
 from pyro_scenes.errors import Terminated, UserError
+from pyro_scenes.limits import LAST_SEED
+
+NO_MEMORY = "there is not enough memory"
 
 
 class Command(click.Command):
@@ -26,7 +29,13 @@ class Command(click.Command):
         except UserError as error:
             message = str(error)
         except MemoryError:
-            message = "there is not enough memory"
+            message = NO_MEMORY
+        except RuntimeError as error:  # torch has its own; it is not imported for --help
+            if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(
+                error
+            ):
+                raise
+            message = NO_MEMORY
         except OSError as error:
             if error.filename is None:
                 raise
@@ -100,5 +109,6 @@ prior_option = click.option(
     "count=fit; appearance=normal, appearance=mixture:10 or appearance=flow:4. The last two and "
     "count=fit are fitted to the model on scenes of its training. May be repeated.")
 seed_option = click.option(
-    "--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True)
+    "--seed", metavar="N", type=click.IntRange(min=0, max=LAST_SEED), default=0,
+    show_default=True)
 version_option = click.version_option(__version__, prog_name="pyro_scenes")

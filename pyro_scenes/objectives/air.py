@@ -35,7 +35,7 @@ class DiscreteAIRSchedule:
     decay_to: float = 0.02  # the part of each that is left at the end
     temperature_rate: float = 0.001  # r of max(0.5, exp(-r t)) (appendix C.4)
     temperature_end: float = 0.5
-    attributes_from: int = 1500  # templates alone explain the images up to this step
+    attributes_from: int = 1500  # templates alone explain the images up to this step, or half-way
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
 
@@ -87,6 +87,8 @@ class DiscreteAIRObjective(Objective):
         super().__init__(schedule, model, steps)
         if schedule.temperature_end < COLDEST:
             raise UserError(f"temperature_end must be at least {COLDEST} for discrete-air")
+        # In a short training too: a code that no step has taught would spoil every template.
+        self.attributes_from = min(schedule.attributes_from, steps // 2)
         self.rescue = Rescue(model.classes, schedule.rescue, schedule.balance)
         self.modules["rescue"] = self.rescue
 
@@ -106,7 +108,7 @@ class DiscreteAIRObjective(Objective):
                 used.add_(weighted.detach().sum(0))
 
         # Later an attribute would turn a category that is given a start into another's kind.
-        early = step < s.attributes_from
+        early = step < self.attributes_from
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
             "attributes_on": float(not early),

@@ -136,7 +136,7 @@ class LAVAEObjective(Objective):
         end = steps
         self.fits: int | None = None
         if schedule.fit_from < 1:
-            self.fits = end = round(schedule.fit_from * steps)
+            self.fits = end = min(round(schedule.fit_from * steps), steps - 1)
             self.events[end] = fit_prior
         # The first step of each phase: of dreams, and of places at rest.
         self.dreaming, self.waking = end - min(schedule.dreams, steps // SLEEP, end), end
