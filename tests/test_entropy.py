@@ -16,15 +16,9 @@ from click.testing import CliRunner
 from scipy.stats import chisquare
 
 from pyro_scenes import cli, report
-from pyro_scenes.data import (
-    DATASETS,
-    SceneData,
-    entropy_of,
-    load,
-    multi_dsprites,
-    placing,
-    scene_entropy,
-)
+from pyro_scenes.data import DATASETS, SceneData
+from pyro_scenes.data import entropy as entropies
+from pyro_scenes.data import entropy_of, load, multi_dsprites, placing, scene_entropy
 from pyro_scenes.data.entropy import Appearances, log_probability
 from pyro_scenes.data.generator import DatasetSpec, Sprites, SpriteScenes
 from pyro_scenes.errors import UserError
@@ -347,3 +341,13 @@ def test_bad_lines_end_in_one_clear_line(line, message, folder):
     assert message in result.output.splitlines()[-1]
     assert [path.name for path in folder.iterdir()] == ["kept.json"]
     assert (folder / "kept.json").read_text() == "precious"
+
+
+def test_an_entropy_that_cannot_be_measured_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many objects fit now and then, but exactly as many never do."""
+    def none_fit(*arguments: object, **options: object) -> None:
+        raise UserError("11 objects do not fit")
+
+    monkeypatch.setattr(entropies, "scene_entropy", none_fit)
+    data = make("multi-dsprites", 2, objects=(0, 11), segmentation=False)
+    assert entropy_of(data) is None
