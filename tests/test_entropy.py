@@ -349,5 +349,5 @@ def test_an_entropy_that_cannot_be_measured_is_none(monkeypatch: pytest.MonkeyPa
         raise UserError("11 objects do not fit")
 
     monkeypatch.setattr(entropies, "scene_entropy", none_fit)
-    data = make("multi-dsprites", 2, objects=(0, 11), segmentation=False)
+    data = load("multi-dsprites", images=2, objects=(0, 11))
     assert entropy_of(data) is None
