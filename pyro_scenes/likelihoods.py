@@ -33,7 +33,7 @@ class BernoulliImage(nn.Module):
 
 
 class NormalImage(nn.Module):
-    """Independent normal pixels and channels of one standard deviation (AIR, eq. 4)."""
+    """Independent normal pixels and channels of one standard deviation (Discrete-AIR, eq. 4)."""
 
     binary = False
 

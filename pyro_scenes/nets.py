@@ -156,7 +156,8 @@ class LocationNet(nn.Module):
 
 
 class PaperTrunk(nn.Sequential):
-    """The residual network of LAVAE's appendix B: 4 blocks of 2 convolutions at full resolution.
+    """The residual network of LAVAE's appendix B: 4 blocks of 2 convolutions at full resolution,
+    after a convolution to their width.
 
     (B, C, H, W) -> (B, width, H, W).
     """

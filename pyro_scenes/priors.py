@@ -98,7 +98,8 @@ class UniformCount(nn.Module):
 
 
 class GeometricCount(nn.Module):
-    """p(n) in proportion to ``more ** n`` up to the limit, which takes the tail (AIR, section 2).
+    """p(n) in proportion to ``more ** n`` up to the limit, which takes the tail (Discrete-AIR,
+    appendix A).
 
     :param more: probability of one more object, in (0, 1).
     :raises UserError: if it is not.
@@ -156,7 +157,7 @@ def presence_logits(count: dist.Categorical, steps: int) -> Tensor:
 
 
 class UniformCategory(nn.Module):
-    """p(z_cat) uniform over K categories (Discrete-AIR, section 2)."""
+    """p(z_cat) uniform over K categories (Discrete-AIR, appendix C.2, which says categorical)."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -175,7 +176,7 @@ class UniformPlaces(nn.Module):
 
 
 class StandardNormal(nn.Module):
-    """p(z_app) = N(0, I) of L dimensions (LAVAE, eq. 1)."""
+    """p(z_app) = N(0, I) of L dimensions (LAVAE, after eq. 3)."""
 
     def __init__(self, size: int):
         super().__init__()

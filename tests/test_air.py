@@ -16,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_scenes.affine import to_window, warp
+from pyro_scenes.affine import to_image, to_window, warp
 from pyro_scenes.bounds import iwae, log_weights
 from pyro_scenes.config import make_config
 from pyro_scenes.errors import UserError
@@ -312,6 +312,25 @@ def exact_gradient(c: Case) -> Tensor:
     elbo = (guide.exp() * (torch.from_numpy(c.joint) - guide)).sum()
     c.model.presence_head = head
     return torch.autograd.grad(elbo, nudged.nudge)[0].squeeze(-1).double()
+
+
+def test_the_papers_encoder_reads_the_image_and_its_lstm_what_is_left() -> None:
+    """Section 2.2 and appendix C.1; of Multi-MNIST the LSTM reads the pixels."""
+    model = DiscreteAIR(replace(DISCRETE_PAPER, max_objects=2, embedding=False), SHAPE).eval()
+    assert model.rnn.input_size == math.prod(SHAPE) + model.latents
+    read, looked = [], []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    model.look.register_forward_pre_hook(lambda module, inputs: looked.append(inputs[0]))
+    x = torch.rand(5, *SHAPE)
+    trace = poutine.trace(model.guide).get_trace(x)
+    for t in range(2):
+        transform = to_image(*model.pose(trace.nodes[f"z_where_{t}"]["value"]))
+        torch.testing.assert_close(read[t], warp(x, transform, (32, 32)))
+    assert torch.equal(looked[0], x) and not torch.allclose(looked[1], x)
+    digits, sprites = (make_config("discrete-air", data, "paper") for data in
+                       ("multi-mnist", "multi-sprites"))
+    assert not digits.net.embedding and sprites.net.embedding
+    assert (digits.train.steps, sprites.train.steps) == (420 * 50_000 / 64, 300 * 80_000 / 64)
 
 
 @pytest.mark.parametrize("config", [PLAIN, PLAIN_PAPER], ids=["fast", "paper"])

@@ -403,6 +403,21 @@ def test_learning_rates_by_hand() -> None:
                                        "rest": 0.1 * factor, "auxiliary": 0.4}), step
 
 
+@pytest.mark.parametrize("name, side, rate", [
+    ("multi-dsprites", 21, 5e-4), ("multi-mnist-1k", 17, 1e-4), ("multi-mnist-10k", 17, 1e-4),
+])
+def test_the_papers_sprites_and_rates(name: str, side: int, rate: float) -> None:
+    """Appendix B: the location map's falls by a factor of 100 in 100k steps, no other falls."""
+    config = make_config("lavae", name, "paper")
+    assert config.net.sprite == side and config.schedule.exact_divergence
+    _, model = objective(steps=1)
+    learning = LAVAEObjective(config.schedule, model, 500_000)
+    for step, factor in ((0, 1.0), (50_000, 0.1), (100_000, 0.01), (499_999, 0.01)):
+        found = learning.learning_rates(step)
+        assert found["location"] == pytest.approx(rate * factor)
+        assert (found["rest"], found["prior"]) == pytest.approx((1e-3, 1e-3))
+
+
 def test_rates_reach_the_groups_that_they_name(data) -> None:
     trained = Run(configured(data, "location_learning_rate=0.0", "prior_learning_rate=0.5"), "cpu")
     before = copy.deepcopy(trained.model.state_dict())

@@ -12,8 +12,8 @@ from pyro_scenes.data.placing import Draws
 
 SHAPES = ("square", "triangle", "ellipse")
 SIDE = 64  # pixels of the canvas
-# Diameters of the circumscribed circle, pixels; the paper's figure 4 shows 0.17 to 0.31 of the
-# canvas.
+# Diameters of the circumscribed circle, pixels; the paper's figure 4 shows inferred scales of
+# 0.18 to 0.31 of the canvas.
 SMALLEST, LARGEST = 11.0, 20.0
 # Centres are at least so many times the sum of the two radii apart.
 APART = 0.9

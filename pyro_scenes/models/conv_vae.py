@@ -31,7 +31,8 @@ density here has none, see objectives/conv_vae.py.
 
 Three sets of networks: the baseline's of the paper; the fast preset's, which have the same grid and
 1.2 million parameters, yet work at an eighth and a quarter of the image's sides alone; and a small
-set with a finer grid, the auxiliary VAE of LAVAE's warm-up. The paper leaves the sizes of kernels
+set with a finer grid, the auxiliary VAE of LAVAE's warm-up, in both of its presets: the paper's has
+11 x 11 x 8 latent variables and three residual blocks. The paper leaves the sizes of kernels
 open: in its networks they are 3 here, and 4 where the stride is 2.
 
 A prior is called as latent_prior(i, z), where z has 0 in cells that are not drawn yet, and returns

@@ -60,7 +60,9 @@ Where the fast preset leaves the paper, and why:
   are best served by a mixture with a component or more for each of them, which is fitted to the
   guide's codes when places rest (objectives/lavae.py); ``--prior appearance=normal`` puts N(0, I)
   back in its place.
-- The background's mean is a small floor, not 0: one stray pixel would cost infinitely much.
+
+In both presets the background's mean is a small floor, not 0: one stray pixel would cost infinitely
+much. Where sprites overlap, their sum is cut off at 1.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ class LAVAEConfig:
     appearance_hidden: int = 192  # its hidden units (fast)
     sprite_width: int = 48  # channels of the sprite decoder (paper)
     sprite_hidden: tuple[int, ...] = (256, 320)  # hidden units of the sprite decoder (fast)
-    logit_scale: float = 1.0  # gamma / log D; 0.5 in the paper
+    logit_scale: float = 1.0  # gamma / log D; the paper's 4 is about 0.5
     count_threshold: float = 0.5  # f_count: heights above it count, in units of h_loc
     count_softness: float = 0.3  # of the threshold in f_count's gradient; 0 for no gradient
     count_gain: float = 100.0  # limit of what an object is worth to gradients, nats
@@ -134,7 +136,12 @@ PRESETS = {"fast": LAVAEConfig(), "paper": PAPER}
 # which the second cannot be drawn; shapes may be that near to each other. Digits are not, so that
 # dreams have nothing to mend.
 DIGITS = {"sprite_hidden": (384, 512), "appearance_hidden": 256, "count_window": 13, "dreams": 0}
-SUITED = {"fast": {"multi-mnist-1k": DIGITS, "multi-mnist-10k": DIGITS}}
+# Sprites of the paper's digits are smaller, and their places learn more slowly (appendix B).
+PAPER_DIGITS = {"sprite": 17, "location_learning_rate": 1e-4}
+SUITED = {
+    "fast": {"multi-mnist-1k": DIGITS, "multi-mnist-10k": DIGITS},
+    "paper": {"multi-mnist-1k": PAPER_DIGITS, "multi-mnist-10k": PAPER_DIGITS},
+}
 
 
 def _fast(config: LAVAEConfig, channels: int) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -78,7 +78,9 @@ class Rescue(nn.Module):
 
 
 class DiscreteAIRObjective(Objective):
-    """The ELBO with relaxed z_cat and z_pres, KL by Monte Carlo (section 2.3, appendix C).
+    """The ELBO with relaxed z_cat and z_pres, in guide and prior (section 2.3, appendix C).
+
+    Its divergence is by the draw, of the normal sites too; the paper needs that for the relaxed.
 
     :raises UserError: for a temperature that float32 has no room for.
     """

@@ -43,6 +43,8 @@ class LAVAESchedule:
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.3  # part of the training after which they fall (cosine)
     decay_to: float = 0.01  # the part of each that is left at the end
+    # Steps over which the location map's falls to a hundredth, geometrically; 0: as the others.
+    location_decay: int = 0
     temperature: float = 1.0  # of the places' Gumbel-softmax gradient
     temperature_end: float = 0.5
     temperature_steps: int = 1000
@@ -78,7 +80,8 @@ PAPER = LAVAESchedule(
     location_learning_rate=5e-4,
     prior_learning_rate=1e-3,
     ramp=0,
-    decay_from=0.0,
+    decay_from=1.0,
+    location_decay=100_000,
     temperature=0.5,
     temperature_end=0.02,
     temperature_steps=100_000,
@@ -90,6 +93,7 @@ PAPER = LAVAESchedule(
     one_object_left=0.1,
     location_every=1,
     location_settled=0,
+    exact_divergence=True,
     probe=0.0,
     slope=0.0,
     reach=0,
@@ -157,7 +161,11 @@ class LAVAEObjective(Objective):
         long, short = (
             decayed(step, steps, s.ramp, s.decay_from, s.decay_to) for steps in (last, self.resting)
         )
-        location = short * s.location_learning_rate
+        location = s.location_learning_rate
+        if s.location_decay:
+            location = falling(step, location, 0.01 * location, 0, s.location_decay)
+        else:
+            location *= short
         if self.sleeps(step):
             lasting = self.waking - self.dreaming
             part = decayed(step - self.dreaming, lasting, s.ramp, 0.0, s.decay_to)

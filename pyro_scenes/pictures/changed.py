@@ -55,7 +55,7 @@ def templates(model: GenerativeModel, images: Tensor, limit: float | None = None
 def traversal(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """One object moved along x, then y, scaled and turned if it can be, then changed in appearance.
 
-    LAVAE's figures 3, 7 and 8, of the first image with an object. The appearance dimensions are
+    LAVAE's figures 3, 7, 8 and 11, of the first image with an object. The appearance dimensions are
     those that change the picture most.
 
     Raises:
@@ -100,8 +100,8 @@ def traversal(model: GenerativeModel, images: Tensor, limit: float | None = None
 def swap(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """Reconstructions above the same scenes with each object's appearance given to the next.
 
-    LAVAE's figures 3 and 6, of the first IMAGES images with at least two objects. Appearance is the
-    category too.
+    LAVAE's figures 3, 6 and 11, of the first IMAGES images with at least two objects. Appearance is
+    the category too.
 
     Raises:
         UserError: no image has two objects.
@@ -137,7 +137,7 @@ def sample_counted(
 
 
 def samples(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
-    """As many images drawn from the model as there are images. LAVAE's figures 2 and 4."""
+    """As many images drawn from the model as there are images. LAVAE's figures 2, 4 and 10."""
     return plots.samples_figure(sample(model, len(images)))
 
 

@@ -24,7 +24,7 @@ from pyro_scenes.plots.sheet import (
 def samples_figure(
     images: ArrayLike, columns: int | None = None, title: str | None = None
 ) -> Figure:
-    """Show (B, C, H, W) images in a grid, row by row: figures 2, 4 and 9 of the LAVAE paper.
+    """Show (B, C, H, W) images in a grid, row by row: figures 2, 4, 9 and 10 of the LAVAE paper.
 
     Default: about one and a half times as many columns as rows.
     """
