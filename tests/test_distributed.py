@@ -35,7 +35,7 @@ TINY = {
         "latent=3", "decoder_hidden=8", "encoder_hidden=8", "hidden=8", "window=8", "glimpse=8",
         "glimpse_width=4", "max_objects=2",
     ),
-    "conv-vae": ("grid_width=8", "grid_latent=2", "beta_end=6"),
+    "conv-vae": ("grid_width=8", "grid_latent=2", "beta_full=0.5"),
 }
 # At the beginning, in the middle of the schedules, and where the location map rests, attributes
 # have begun and nothing is forced: the first process then sees no object.

@@ -241,7 +241,7 @@ def test_the_path_of_the_convolutional_vae_has_the_exact_gradient_on_average() -
     expected = (0.5 * (squares + spread.sum((1, 2, 3))) / SIGMA**2 + divergence).mean()
     exact = torch.autograd.grad(expected, list(model.parameters()))
 
-    schedule = ConvVAESchedule(beta_begin=0, beta_end=0)
+    schedule = ConvVAESchedule(beta_full=0.0)
     objective = ConvVAEObjective(schedule, model, 1)
     found: list[list[Tensor]] = [[] for _ in exact]
     for _ in range(100):

@@ -16,19 +16,18 @@ from pyro_scenes.objectives.base import LEAST, Objective, Weighted, linear, surr
 
 @dataclass(frozen=True)
 class ConvVAESchedule:
-    """Annealing of the convolutional VAE's training; defaults are the fast preset's. In steps."""
+    """Annealing of the convolutional VAE's training; defaults are the fast preset's."""
 
     learning_rate: float = 2e-3
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.0  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end
-    beta_begin: int = 0  # beta is 0 up to this step,
-    beta_end: int = 1000  # rises in a straight line, and is 1 from this one on
+    beta_full: float = 0.8  # part of the training over which beta rises from 0, in a line, to 1
 
 
 PRESETS = {
     "fast": ConvVAESchedule(),
-    "paper": ConvVAESchedule(learning_rate=1e-3, ramp=0, decay_to=1.0, beta_end=100_000),
+    "paper": ConvVAESchedule(learning_rate=1e-3, ramp=0, decay_to=1.0, beta_full=0.5),
 }
 
 
@@ -42,6 +41,7 @@ class ConvVAEObjective(Objective):
     def __init__(self, schedule: ConvVAESchedule, model: ConvVAE, steps: int):
         super().__init__(schedule, model, steps)
         self.elbo = TraceMeanField_ELBO()
+        self.rise = round(schedule.beta_full * steps)
 
     def loss(
         self, model: ConvVAE, x: Tensor, step: int
@@ -50,8 +50,7 @@ class ConvVAEObjective(Objective):
 
         The loss that is logged is the ELBO's, as if beta were 1 already.
         """
-        s = self.schedule
-        beta = max(LEAST, linear(step, s.beta_begin, s.beta_end))
+        beta = max(LEAST, linear(step, 0, self.rise))
         joint, guide = poutine.trace(model.model), poutine.trace(model.guide)
         with Weighted("z", beta), poutine.scale(scale=1 / len(x)):
             loss, weighted = surrogate(self.elbo, joint, guide, x)
