@@ -115,7 +115,7 @@ def test_only_the_last_notebook_defines_a_model(name: str) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_named_by_its_number(name: str) -> None:
     headings = re.findall(
-        r"^## Figures? (\d)(?: and (\d))?",
+        r"^## Figures? (\d+)(?: and (\d+))?",
         "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown"),
         flags=re.MULTILINE,
     )
