@@ -188,7 +188,7 @@ def train(
         objective.modules.to(device)
         model.train()
         for name, part in model.named_children():  # norms of batches follow what they are shown
-            if name in model.decoders or name.endswith("_prior"):
+            if model.generates(name):
                 part.eval()
         with tqdm(total=steps, desc="guide", unit="step", disable=not progress) as bar:
             for _ in range(steps):

@@ -111,12 +111,12 @@ def run(
     """
     for name in names:
         trained = checkpoint.load(name, device)
+        asked = {
+            "weights": checkpoint.digest(trained.path),
+            "asked": [images, nll_images, particles],
+        }
         for cell in cells(trained, name, mnist):
             file = cell.file(folder)
-            asked = {
-                "weights": checkpoint.digest(trained.path),
-                "asked": [images, nll_images, particles],
-            }
             kept = _read(file)
             if {key: kept.get(key) for key in asked} == asked:
                 continue
@@ -155,11 +155,15 @@ def _measure(
 
 def head(folder: Path) -> str:
     """The checkpoints on test scenes of their own data, beside the papers: a Markdown table."""
+    return _head(folder, _kept(folder))
+
+
+def _head(folder: Path, kept: Mapping[Path, dict]) -> str:
     headings = (
         "data", "model", "seeds", "-log p(x) <=", "paper", "entropy", "count right", "paper",
         CROWDED_LABEL, "correspondence", "paper", "ARI", "s / 1,000 images",
     )
-    rows, kept = [], _kept(folder)
+    rows = []
     for name, content in _contents().items():
         settings, runs = content["settings"], content["runs"]
         data, model = settings["data"], settings["model"]
@@ -180,6 +184,7 @@ def head(folder: Path) -> str:
 
 def page(folder: Path) -> str:
     """RESULTS.md: the head, then for each data set what every checkpoint makes of it."""
+    kept = _kept(folder)
     lines = [
         "# Results", "",
         "Written by `bin/svi-eval --suite`; every figure is measured on held-out scenes. In this"
@@ -189,9 +194,8 @@ def page(folder: Path) -> str:
         " is its limit. Entropy, seconds and the ARI of the foreground are of the shipped weights"
         " and of fewer scenes, see below; seconds are of counts, places, categories and"
         " segmentations, on the machine that ran the suite.", "",
-        head(folder), "", *_short(),
+        _head(folder, kept), "", *_short(),
     ]
-    kept = _kept(folder)
     headings = (
         "checkpoint", "-log p(x) <=", "entropy", "count right", *CROWDED, "correspondence",
         "purity", "ARI", "s / 1,000 images",

@@ -89,11 +89,12 @@ def seeds(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"seeds are like 0-4 or 1,3,7-9, not {text!r}")
-        if int(last or first) < int(first):
+        begin, end = int(first), int(last or first)
+        if end < begin:
             raise UserError(f"the seeds {part} end before they begin")
-        if int(last or first) > LAST_SEED:
-            raise UserError(f"seeds must be at most {LAST_SEED}, not {last or first:.60}")
-        found += range(int(first), int(last or first) + 1)
+        if end > LAST_SEED:
+            raise UserError(f"seeds must be at most {LAST_SEED}, not {part:.60}")
+        found += range(begin, end + 1)
     if not found or len(set(found)) < len(found):
         raise UserError(f"the seeds {text!r} are none, or one of them comes twice")
     return tuple(found)

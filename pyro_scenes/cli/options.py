@@ -16,8 +16,6 @@ from pyro_scenes import __version__
 from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.limits import LAST_SEED
 
-NO_MEMORY = "there is not enough memory"
-
 
 class Command(click.Command):
     """Bad input becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM 143."""
@@ -28,14 +26,10 @@ class Command(click.Command):
                 return super().invoke(ctx)
         except UserError as error:
             message = str(error)
-        except MemoryError:
-            message = NO_MEMORY
-        except RuntimeError as error:  # torch has its own; it is not imported for --help
-            if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(
-                error
-            ):
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
                 raise
-            message = NO_MEMORY
+            message = "there is not enough memory"
         except OSError as error:
             if error.filename is None:
                 raise
@@ -50,6 +44,15 @@ class Command(click.Command):
             ctx.exit(status)
         click.echo("Error: " + " ".join(message.split()), err=True)
         ctx.exit(2)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Also by torch's own errors, told by their names: --help does not wait for its import."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 @contextmanager

@@ -80,8 +80,12 @@ class GenerativeModel(PyroModule):
         """Parameters of p(x, z). All others are the guide's."""
         return [
             parameter for name, parameter in self.named_parameters()
-            if name.split(".")[0] in self.decoders or name.split(".")[0].endswith("_prior")
+            if self.generates(name.split(".")[0])
         ]
+
+    def generates(self, part: str) -> bool:
+        """Whether a part of that name belongs to p(x, z)."""
+        return part in self.decoders or part.endswith("_prior")
 
     def renew(self) -> None:
         """Begin again with some of the parameters, in place, where an objective asks for it."""

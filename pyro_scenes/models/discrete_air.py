@@ -202,10 +202,11 @@ class DiscreteAIR(Attend):
         self.decoder: nn.Module
         if paper:
             self.decoder = nets.PaperDecoder(c.code, channels)
-            self.look, features = nn.Flatten(), math.prod(image_shape)
             if c.embedding:
                 self.look = nets.PaperEmbedding(channels, image_shape[1:])
                 features = int(self.look.features)
+            else:
+                self.look, features = nn.Flatten(), math.prod(image_shape)
             self.encoder = nets.PaperEncoder(channels, c.window)
             self.code = nn.Linear(self.encoder.features, c.classes + 2 * c.attributes)
         else:

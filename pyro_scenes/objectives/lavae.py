@@ -144,7 +144,7 @@ class LAVAEObjective(Objective):
             self.events[end] = fit_prior
         # The first step of each phase: of dreams, and of places at rest.
         self.dreaming, self.waking = end - min(schedule.dreams, steps // SLEEP, end), end
-        self.resting = min(round(min(schedule.rest_from, 1.0) * steps), self.dreaming)
+        self.resting = min(round(schedule.rest_from * steps), self.dreaming)
         if schedule.appearance_anew and self.resting < self.dreaming:
             self.events[self.resting] = lambda model, data: model.renew()
 
