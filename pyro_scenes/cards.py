@@ -79,7 +79,6 @@ def ship(
         "runs": entries,
     }
     card = _card(content)
-    folder.mkdir(exist_ok=True)
     _draw(folder / f"{name}.png", loaded[0], mnist)
     model, step = loaded[0].model.cpu(), loaded[0].step
     checkpoint.save(folder / f"{name}.pt", config, model, step, half=True)

@@ -51,6 +51,7 @@ TRAINING = {
     "optimizer": dict, "modules": dict, "random": Tensor, "random_cuda": list,
     "seconds": (int, float), "machine": str, "history": dict,
 }
+LONGEST = 2**53  # of steps and seconds: what a float has exactly
 # What makes tensors of a size.
 MAKERS = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye,
@@ -212,10 +213,10 @@ def _holds(content: object, kinds: dict) -> bool:
 
 def _is_training(content: object) -> bool:
     """Whether there is what a run goes on from, with a history of numbers."""
-    return _holds(content, TRAINING) and all(
+    return _holds(content, TRAINING) and 0 <= content["seconds"] < LONGEST and all(  # type: ignore
         type(name) is str and isinstance(series, list | tuple) and len(series) == 2
         and all(type(part) is list and len(part) == len(series[0]) for part in series)
-        and all(type(step) is int for step in series[0])
+        and all(type(step) is int and 0 <= step < LONGEST for step in series[0])
         and all(type(value) is float for value in series[1])
         for name, series in content["history"].items()  # type: ignore[index]
     )

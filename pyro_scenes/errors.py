@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class NothingToDraw(UserError):
+    """Images lack the objects that a picture of them needs."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which is treated like Ctrl-C."""
 

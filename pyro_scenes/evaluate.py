@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyro_scenes import bounds, distributed, metrics
 from pyro_scenes.data import SceneData, entropy_of
+from pyro_scenes.errors import UserError
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
-BATCH = 256  # images inferred at a time
+BATCH = 256  # images of 64 x 64 inferred at a time
 # What an object must add to a pixel to be its owner, of 1. Little: the index asks whose a pixel of
 # the foreground is, and thin strokes that a model is not sure of have low means.
 FAINT = 0.02
@@ -32,13 +33,20 @@ def infer(
     """
     device = next(model.parameters()).device
 
-    def inferred(start: int) -> tuple[Scene, Tensor]:
-        scene = model.infer(data.batch(slice(start, start + BATCH)).to(device), limit)
+    def inferred(part: slice) -> tuple[Scene, Tensor]:
+        scene = model.infer(data.batch(part).to(device), limit)
         return scene.to("cpu"), model.segment(scene, FAINT).to(torch.uint8).cpu()
 
-    parts = distributed.mapped(inferred, range(0, len(data), BATCH))
+    parts = distributed.mapped(inferred, batches(data))
     scenes, segmentations = zip(*parts, strict=True)
     return Scene.concatenate(list(scenes)), torch.cat(segmentations)
+
+
+def batches(data: SceneData) -> list[slice]:
+    """Parts of a data set that are small enough to be inferred at once, whatever its images' size.
+    """
+    size = max(1, min(BATCH, BATCH * 64**2 // math.prod(data.shape[:2])))
+    return [slice(start, start + size) for start in range(0, len(data), size)]
 
 
 def evaluate(
@@ -76,10 +84,13 @@ def evaluate(
     :param chunk_seeds: seed the samples of each chunk anew, as several processes always do.
     :param limit: most objects in an image.
     :param priors: what is swapped into the model, in words, for the result to say so.
-    :raises UserError: if the images do not suit the model, or one shows too many objects.
+    :raises UserError: if there are no images, or they do not suit the model, or one shows too many
+        objects.
     """
     start = time.perf_counter()
     data = data if images is None else data[:images]
+    if not len(data) or nll_images == 0:
+        raise UserError("there are no images to measure the model on: ask for at least 1")
     model.check(data.batch(slice(0, 1)))
     result: dict = {
         "model": next((name for name, (kind, *_) in MODELS.items() if type(model) is kind), None),

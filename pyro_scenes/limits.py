@@ -6,7 +6,7 @@ than `most` bytes. While it reads it takes at most PEAK times as much, copies an
 | reader | counts |
 |---|---|
 | npz | all arrays, 8 bytes or more for each number that is no pixel |
-| PNG | 4 bytes for each pixel of all files together |
+| PNG | 4 bytes for each pixel of all files together, 8 if it has transparency |
 | IDX | nothing: mnist.LIMIT is far below |
 | checkpoint | its tensors, its pickle as the objects it may become, and the model it asks for |
 | JSON | its text as the objects it may become |

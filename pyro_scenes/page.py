@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_scenes import markup, pictures, plots, report
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.data import SceneData
-from pyro_scenes.errors import UserError
-from pyro_scenes.evaluate import BATCH, evaluate
+from pyro_scenes.errors import NothingToDraw
+from pyro_scenes.evaluate import batches, evaluate
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
@@ -182,8 +182,8 @@ def _reconstruct(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Scene 
 def _scan(model: GenerativeModel, data: SceneData) -> tuple[Tensor, Tensor | None]:
     """The squared error of each image's reconstruction, (N,), and the objects found, (N,)."""
     errors, counts = [], []
-    for start in range(0, len(data), BATCH):
-        images = data.batch(slice(start, start + BATCH))
+    for part in batches(data):
+        images = data.batch(part)
         drawn, scene = _reconstruct(model, images)
         errors.append((drawn.cpu() - images).square().flatten(1).sum(1))
         if scene is not None:
@@ -209,6 +209,6 @@ def _changed(name: str, model: GenerativeModel, images: Tensor, caption: str) ->
     """A picture of changed scenes; empty where no image has the objects that it needs."""
     try:
         figure = pictures.PICTURES[name].draw(model, images, math.inf)
-    except UserError:
+    except NothingToDraw:
         return ""
     return markup.figure(figure, caption, caption)

@@ -218,7 +218,7 @@ class NormalMixture(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """:param value: (..., L). :return: (...)."""
-        z, weights = value.flatten(0, -2), self.logits.log_softmax(-1)
+        z, weights = value.reshape(-1, value.shape[-1]), self.logits.log_softmax(-1)
         constant, factors = self.product
         parts = _parts(z, z**2, (constant + weights, factors))  # (N, K)
         near = parts.topk(min(NEAREST, len(weights)), sorted=False).indices

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pyro_scenes import checkpoint, graph, pictures, plots
 from pyro_scenes.config import RunConfig
 from pyro_scenes.data import CROWDED, DATASETS, SceneData, load, load_npz, load_pngs, split_held_out
-from pyro_scenes.data.files import atomic_write, write_json
+from pyro_scenes.data.files import atomic_write, new_folder, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.models import GenerativeModel, SceneModel
@@ -24,23 +28,25 @@ CROWDED_LABEL = f"{CROWDED[0]} objects"
 def claim(
     files: Iterable[Path | None], figures: Iterable[Path | None], force: bool
 ) -> None:
-    """Check outputs before any work is done for them, and make their folders.
+    """Check outputs before any work is done for them.
 
     Raises:
-        UserError: one exists and may not be overwritten, or is named twice, or is a figure of an
-            unknown format.
+        UserError: one exists and may not be overwritten, or cannot be written, or is named twice,
+            or is a figure of an unknown format.
     """
     drawn = [path for path in figures if path]
     paths = [path for path in files if path] + drawn
-    for path in paths:
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
         if path.exists() and not (force and path.is_file()):
             raise UserError(f"{path} exists: give another name, or --force to overwrite a file")
-        if paths.count(path) > 1:
+        if places.count(place) > 1:
             raise UserError(f"{path} is named for two outputs: give each its own")
         if path in drawn and path.suffix.lower() not in plots.FORMATS:
             raise UserError(f"{path} is to be a figure: end its name in {', '.join(plots.FORMATS)}")
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        there = next(folder for folder in place.parents if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{path} cannot be written: {there} is no folder that takes files")
 
 
 def read_images(model: GenerativeModel, paths: Sequence[Path]) -> SceneData:
@@ -49,7 +55,7 @@ def read_images(model: GenerativeModel, paths: Sequence[Path]) -> SceneData:
     Raises:
         UserError: unreadable files, or images that the model does not take.
     """
-    if len(paths) == 1 and paths[0].suffix == ".npz":
+    if len(paths) == 1 and (paths[0].suffix == ".npz" or _is_archive(paths[0])):
         data = load_npz(paths[0])
     else:
         data = SceneData.from_images("images", load_pngs(paths, model.image_shape[0]))
@@ -57,15 +63,21 @@ def read_images(model: GenerativeModel, paths: Sequence[Path]) -> SceneData:
     return data
 
 
+def _is_archive(path: Path) -> bool:
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
 def write_objects(out: Path, scene: Scene, form: str | None) -> None:
-    """Inferred objects as JSON; with a form, their graphs: json, or graphml, a folder of files."""
+    """Inferred objects as JSON; with a form, their graphs: json, or graphml, a folder of files.
+
+    :raises UserError: if there is anything where the folder is to be.
+    """
     if form == "graphml":
-        out.mkdir(exist_ok=True)
         documents = graph.to_graphml(scene)
         digits = len(str(len(documents)))
-        for i, document in enumerate(documents):
-            with atomic_write(out / f"{i:0{digits}}.graphml") as file:
-                file.write(document.encode())
+        with new_folder(out) as folder:
+            for i, document in enumerate(documents):
+                (folder / f"{i:0{digits}}.graphml").write_bytes(document.encode())
     else:
         write_json(out, graph.to_json(scene) if form else scene.to_json())
 
@@ -206,14 +218,52 @@ def insert(page: Path, command: str, text: str) -> None:
     Raises:
         UserError: the page lacks the marks.
     """
-    begin, end = f"<!-- {command} --readme -->\n", f"<!-- end of {command} -->"
-    content = page.read_text() if page.is_file() else ""
-    before, begun, rest = content.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not begun or not ended:
-        raise UserError(f"{page} has no lines {begin.strip()} and {end}")
-    with atomic_write(page) as file:
-        file.write(f"{before}{begin}{text}\n{end}{after}".encode())
+    before, begin, end, after = marked(page, command)
+    newline = "\r\n" if begin.endswith("\r\n") else "\n"
+    text = f"{text}\n".replace("\n", newline)
+    with atomic_write(page.resolve()) as file:  # of a link, what it leads to
+        file.write(f"{before}{begin}{text}{end}{after}".encode())
+
+
+def marked(page: Path, command: str) -> tuple[str, str, str, str]:
+    """A page's part before the first mark of a command, the two marks, and its part after them.
+
+    Raises:
+        UserError: the page lacks the marks, or is no text.
+    """
+    begin, end = f"<!-- {command} --readme -->", f"<!-- end of {command} -->"
+    try:
+        content = page.read_bytes().decode() if page.is_file() else ""
+    except UnicodeDecodeError:
+        raise UserError(f"{page} is no text in UTF-8") from None
+    parts = re.split(f"({re.escape(begin)}\r?\n)(.*?)({re.escape(end)})", content, 1, re.DOTALL)
+    if len(parts) == 1:
+        raise UserError(f"{page} has no lines {begin} and {end}")
+    before, first, _, last, after = parts
+    return before, first, last, after
+
+
+def unseen(
+    config: RunConfig, data: str, images: int | None, objects: tuple[int, int] | None,
+    mnist: Path | None,
+) -> SceneData:
+    """Scenes to measure a run on: `load`'s, but of the file that it was trained on the last part.
+
+    :param images: only the first so many.
+    :raises UserError: as `load` does.
+    """
+    scenes = load(data, images=None if _own_file(config, data) else images, objects=objects,
+                  mnist=mnist)
+    if _own_file(config, data):
+        scenes = replace(split_held_out(scenes)[1][:images], name=f"{scenes.name}, held out")
+    return scenes
+
+
+def _own_file(config: RunConfig, data: str) -> bool:
+    """Whether data are the file that a run was trained on."""
+    return not {data, config.data} & DATASETS.keys() and (
+        Path(data).resolve() == Path(config.data).resolve()
+    )
 
 
 def held_out(

@@ -306,7 +306,8 @@ def _bound(figures: dict) -> str:
     """A bound with its standard error over images."""
     if figures["nll"] is None:
         return "-"
-    return f"{figures['nll']:.1f} +- {figures['nll_stderr']:.1f} ({figures['likelihood']})"
+    error = "" if figures["nll_stderr"] is None else f" +- {figures['nll_stderr']:.1f}"
+    return f"{figures['nll']:.1f}{error} ({figures['likelihood']})"
 
 
 def _entropy(figures: dict) -> str:

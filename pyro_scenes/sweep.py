@@ -41,6 +41,7 @@ COLUMNS = (
 )
 GRACE = 60.0  # seconds that a process has to save its run when the sweep is interrupted
 POLL = 0.2  # seconds
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class Cell:
         settings = json.loads(json.dumps(self.config().to_dict()))
         return {"images": self.images, "particles": self.particles, "settings": settings}
 
+    def check(self) -> None:
+        """:raises UserError: if its folder holds a run of other settings."""
+        path = Path(self.out) / training.CONFIG
+        if (path.parent / checkpoint.FILE).exists() and path.is_file():
+            if RunConfig.from_dict(read_json(path)) != self.config():
+                raise UserError(f"{self.out} holds a run of other settings: give another --out")
+
     def figures(self) -> dict[str, Any] | None:
         """Its figures, if they are those that are asked for."""
         path = Path(self.out) / FIGURES
@@ -94,6 +102,8 @@ def seeds(text: str) -> tuple[int, ...]:
             raise UserError(f"the seeds {part} end before they begin")
         if end > LAST_SEED:
             raise UserError(f"seeds must be at most {LAST_SEED}, not {part:.60}")
+        if end - begin >= MOST_SEEDS:
+            raise UserError(f"a sweep has {MOST_SEEDS:,} seeds at most, not those of {part:.60}")
         found += range(begin, end + 1)
     if not found or len(set(found)) < len(found):
         raise UserError(f"the seeds {text!r} are none, or one of them comes twice")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pyro_scenes import checkpoint, distributed
 from pyro_scenes.config import RunConfig, TrainConfig
 from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
-from pyro_scenes.data.files import alone_in, remove_unfinished, write_json
+from pyro_scenes.data.files import alone_in, read_json, remove_unfinished, write_json
 from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.evaluate import look
 from pyro_scenes.machine import described
@@ -40,6 +40,7 @@ from pyro_scenes.objectives import objective, temporarily
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True), "adamax": torch.optim.Adamax
 }
+CONFIG, HISTORY, PICTURE = "config.json", "history.json", "inference.png"  # beside the checkpoint
 History = dict[str, tuple[list[int], list[float]]]  # name of a series -> its steps and values
 
 
@@ -58,8 +59,8 @@ def train(
 
     :param on_record: is told what has just been added to the run's history.
     :raises UserError: for bad settings or data, a run that is there already without ``resume`` or
-        ``force``, a resumed run with other settings, another training in the folder, and a loss
-        that is not finite.
+        ``force``, others' files of the same names, a resumed run with other settings, another
+        training in the folder, and a loss that is not finite.
     :raises KeyboardInterrupt: after the last step was saved; Terminated for SIGTERM.
     :raises OSError: where a file cannot be written; the last one that was is kept.
     """
@@ -75,6 +76,8 @@ def train(
                 raise UserError(
                     f"{out} holds a run already: use --resume, --force or another --out"
                 )
+            if kept is None and not force:
+                _check_own(out)
             return kept
 
         def begin() -> None:
@@ -84,14 +87,14 @@ def train(
                 except OSError as error:
                     raise UserError(f"{out} cannot be made: {error.strerror}") from error
                 stack.enter_context(alone_in(out))
-            for name in (checkpoint.FILE, "config.json", "history.json"):
+            for name in (checkpoint.FILE, CONFIG, HISTORY):
                 remove_unfinished(out / name)
             if kept is None:  # else a run stopped before its first checkpoint would have another's
-                for name in (checkpoint.FILE, "history.json"):
+                for name in (checkpoint.FILE, HISTORY):
                     (out / name).unlink(missing_ok=True)
-            write_json(out / "config.json", config.to_dict())
+            write_json(out / CONFIG, config.to_dict())
             if kept is not None:  # A process that was killed may have written one file, not both.
-                write_json(out / "history.json", run.history)
+                write_json(out / HISTORY, run.history)
 
         kept = distributed.shared(enter)
         run = Run(config, device, mnist)
@@ -288,7 +291,7 @@ class Run:
             "history": self.history,
         }
         checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)
-        write_json(out / "history.json", self.history)
+        write_json(out / HISTORY, self.history)
 
     def restore(self, content: dict, path: Path) -> None:
         """Go on from the content of a checkpoint of the same configuration, read from ``path``.
@@ -322,6 +325,18 @@ class Run:
         for parameter, state in self.optimizer.state.items():
             if any(value.dim() and value.shape != parameter.shape for value in state.values()):
                 raise ValueError("a moment is of another shape than its parameter")
+
+
+def _check_own(out: Path) -> None:
+    """:raises UserError: if a run would replace files that are no run's."""
+    there = [name for name in (CONFIG, HISTORY, PICTURE) if (out / name).exists()]
+    if there:
+        try:
+            RunConfig.from_dict(read_json(out / CONFIG))  # of one that saved nothing yet
+        except UserError:
+            raise UserError(
+                f"{out / there[0]} is there, and of no run: give another --out, or --force"
+            ) from None
 
 
 def _resumable(path: Path, config: RunConfig) -> dict:

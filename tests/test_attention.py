@@ -7,12 +7,25 @@ import torch
 from torch import Tensor
 
 from pyro_scenes.affine import to_image, to_window, warp, windows
-from pyro_scenes.attention import InkPeak, TurnSearch, gain, halves
+from pyro_scenes.attention import InkPeak, TurnSearch, gain, glimpse, halves
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+# --- a glimpse -----------------------------------------------------------------------------------
+
+
+def test_a_glimpse_is_the_picture_pixel_for_pixel() -> None:
+    """Where neither sides nor columns and rows are alike; and 0 beyond the edge."""
+    x = torch.rand(2, 1, 10, 14)
+    middles = torch.tensor([[6.5, 4.5], [12.5, 1.5]])  # of pixels: columns 4 to 8, rows 2 to 6
+    found = glimpse(x, middles / torch.tensor([7.0, 5.0]) - 1, 5)
+    torch.testing.assert_close(found[0], x[0, :, 2:7, 4:9])
+    torch.testing.assert_close(found[1, :, 1:, :4], x[1, :, :4, 10:])
+    assert not found[1, :, 0].any() and not found[1, :, :, 4].any()
 
 
 # --- halves of the ink ---------------------------------------------------------------------------

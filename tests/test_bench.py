@@ -541,14 +541,17 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 # --- several processes ---------------------------------------------------------------------------
 
 
-def test_rows_of_several_processes_are_compared_with_the_first() -> None:
-    def row(processes: int, threads: int, step: float, image: float) -> dict:
-        return {"processes": processes, "threads": threads, "step": {"median": step},
-                "exchange": {"median": 0.002}, "image": image, "gradient": 4_000_000}
+def measured(processes: int, threads: int, step: float, image: float) -> dict:
+    return {"processes": processes, "threads": threads, "step": {"median": step},
+            "exchange": {"median": 0.002}, "image": image, "gradient": 4_000_000}
 
-    result = {"machine": {"processor": "P", "cores": 2, "device": "cpu", "torch": "2"},
-              "batch": 64, "steps": 3, "rows": [row(1, 1, 0.3, 0.02), row(2, 1, 0.2, 0.01)]}
-    lines = scaling.table(result).splitlines()
+
+SEVERAL = {"machine": {"processor": "P", "cores": 2, "device": "cpu", "torch": "2"},
+           "batch": 64, "steps": 3, "rows": [measured(1, 1, 0.3, 0.02), measured(2, 1, 0.2, 0.01)]}
+
+
+def test_rows_of_several_processes_are_compared_with_the_first() -> None:
+    lines = scaling.table(SEVERAL).splitlines()
     assert "P, 2 cores, cpu, torch 2" in lines[0] and "4.0 MB" in lines[0]
     assert lines[-2:] == ["| 1 | 1 | 300 | 1.00 | - | 20 | 1.00 |",
                           "| 2 | 1 | 200 | 1.50 | 2.0 | 10 | 2.00 |"]
@@ -563,3 +566,66 @@ def test_one_process_is_measured() -> None:
     assert row["gradient"] == 4 * sum(p.numel() for p in parameters)
     with pytest.raises(UserError, match="1 processes of 0 threads failed: "):
         scaling._row(1, 0, "cpu", 1)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def page(command: str, text: str) -> str:
+    return f"before\n<!-- {command} --readme -->\n{text}\n<!-- end of {command} -->\nafter\n"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What the command asks to be measured; nothing is."""
+    asked: list = []
+    monkeypatch.setattr(scaling, "run", lambda *given: asked.append(given) or SEVERAL)
+    monkeypatch.setattr(bench, "run", lambda *given: asked.append(given) or {"measured": 1.5})
+    monkeypatch.setattr(bench, "table", lambda result: f"a table\nof {result}")
+    return asked
+
+
+@pytest.mark.parametrize("options, steps", [([], 40), (["--quick"], 5)])
+def test_several_processes_are_printed_written_and_put_into_a_page(
+    options: list[str], steps: int, asked: list, tmp_path: Path
+) -> None:
+    out, readme = tmp_path / "new.json", tmp_path / "page.md"
+    readme.write_text(page("svi-bench", "kept") + page("svi-bench --scaling", "old\nlines"))
+    line = ["--scaling", "--device", "cpu", "--json", str(out), "--readme", str(readme), *options]
+    result = CliRunner().invoke(cli.bench, line)
+    assert result.exit_code == 0, result.output
+    table = scaling.table(SEVERAL)
+    assert asked == [("cpu", steps)] and result.stdout == f"{table}\n"
+    assert json.loads(out.read_text()) == SEVERAL
+    assert readme.read_text() == page("svi-bench", "kept") + page("svi-bench --scaling", table)
+
+
+def test_the_benchmarks_table_is_put_into_a_page(asked: list, tmp_path: Path) -> None:
+    readme = tmp_path / "page.md"
+    readme.write_text(page("svi-bench --scaling", "kept") + page("svi-bench", "old"))
+    result = CliRunner().invoke(cli.bench, ["--device", "cpu", "--readme", str(readme)])
+    assert result.exit_code == 0, result.output
+    assert asked == [("cpu", False, None)]
+    table = "```\na table\nof {'measured': 1.5}\n```"
+    assert readme.read_text() == page("svi-bench --scaling", "kept") + page("svi-bench", table)
+
+
+@pytest.mark.parametrize("line, told", [
+    ("--scaling --figure new.png", "--figure and --pyro-air do not go with --scaling"),
+    ("--scaling --pyro-air .", "--figure and --pyro-air do not go with --scaling"),
+    ("--scaling --json kept.json", "kept.json exists"),
+    ("--scaling --readme plain.md", "plain.md has no lines <!-- svi-bench --scaling --readme -->"),
+    ("--readme scaling.md", "scaling.md has no lines <!-- svi-bench --readme -->"),
+])
+def test_what_the_benchmark_cannot_write_is_told_before_it_measures(
+    line: str, told: str, asked: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept.json").write_text("precious")
+    (tmp_path / "plain.md").write_text(page("svi-bench", "kept"))
+    (tmp_path / "scaling.md").write_text(page("svi-bench --scaling", "kept"))
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    result = CliRunner().invoke(cli.bench, line.split())
+    assert result.exit_code == 2 and told in result.stderr.splitlines()[-1]
+    assert not asked and not result.stdout
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before

@@ -217,6 +217,35 @@ def test_the_leftmost_object_is_the_one_that_is_there() -> None:
     assert found["z_loc"][3].isnan().all() and found["z_app"][3].isnan().all()
 
 
+@pytest.mark.parametrize("name, column", [
+    ("lavae", None), ("air", 1), ("discrete-air", 3), ("discrete-air, paper's networks", 3),
+])
+def test_the_leftmost_object_of_a_model_by_its_own_sites(name, column) -> None:
+    """x is the number of a place among columns, or a column of z_where."""
+    model = built(replace(TABLE[name], training={})).eval()
+    trace, x = calibration.simulate(model, 60)
+    found, chosen, width = calibration.numbers(model, trace), set(), x.shape[-1]
+
+    def of(site: str, t: int, b: int) -> list[float]:
+        value = trace.nodes[f"{site}_{t}"]["value"][b]
+        if site == "z_loc":
+            return [int(value.argmax()) % width, int(value.argmax()) // width]
+        return [int(value.argmax())] if site == "z_cat" else value.tolist()
+
+    where = "z_loc" if column is None else "z_where"
+    for b, count in enumerate(model.counts(trace).tolist()):
+        across = [of(where, t, b)[column or 0:][:2] for t in range(count)]
+        for site in set(found) - {"n"}:
+            if count:
+                t = across.index(min(across))
+                chosen.add(t)
+                assert found[site][b].tolist() == of(site, t, b), site
+            else:
+                assert found[site][b].isnan().all()
+    assert {where, model.appearance_site} <= set(found) and {0, 1} <= chosen
+    assert ("z_cat" in found) == name.startswith("discrete")
+
+
 # --- our models ----------------------------------------------------------------------------------
 
 

@@ -152,10 +152,21 @@ def test_the_table_goes_between_its_marks(monkeypatch, tmp_path: Path) -> None:
         result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
         assert result.exit_code == 0 and rewritten.pop()
         assert page.read_text() == f"before\n{marks.format('new')}\nafter\n"
+    link = tmp_path / "link.md"
+    link.symlink_to(page)
+    page.write_bytes(f"é\n{marks.format('old')}\nafter\n".replace("\n", "\r\n").encode())
+    monkeypatch.setattr(cards, "table", lambda: "new\nlines")
+    assert CliRunner().invoke(cli.ship, ["--readme", str(link)]).exit_code == 0
+    rewritten.clear()
+    now = f"é\n{marks.format('new|lines')}\nafter\n".replace("|", "\n").replace("\n", "\r\n")
+    assert page.read_bytes() == now.encode() and link.is_symlink()
+    page.write_bytes(b"\xff" + page.read_bytes())
+    result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
+    assert result.exit_code == 2 and "UTF-8" in result.output
     page.write_text("no marks")
     result = CliRunner().invoke(cli.ship, ["--readme", str(page)])
     assert result.exit_code == 2 and result.output.startswith("Error: ")
-    assert page.read_text() == "no marks"
+    assert page.read_text() == "no marks" and not rewritten
 
 
 def test_the_shipped_table_has_a_row_a_checkpoint(runs: list[Path], tmp_path: Path) -> None:
@@ -238,12 +249,12 @@ def test_what_a_model_is_measured_on(most, data, labels, monkeypatch) -> None:
     assert asked == [(7, 7) if label == CROWDED else None for label in labels]
 
 
-def test_new_digits_are_measured_and_drawn_apart(tmp_path: Path, mnist_folder: Path) -> None:
+def test_new_digits_are_measured_and_drawn_apart(tmp_path: Path, made_up_mnist: Path) -> None:
     settings = (*TINY_KINDS, "classes=2", "attributes=0")
     config = make_config("discrete-air", "multi-mnist", settings=settings, steps=1)
-    train(config, tmp_path / "run", device="cpu", progress=False, mnist=mnist_folder)
+    train(config, tmp_path / "run", device="cpu", progress=False, mnist=made_up_mnist)
     options: dict[str, Any] = {"folder": tmp_path / "shipped", "images": 3, "particles": 2}
-    card = cards.ship("digits", [tmp_path / "run"], mnist=mnist_folder, device="cpu", **options)
+    card = cards.ship("digits", [tmp_path / "run"], mnist=made_up_mnist, device="cpu", **options)
     [entry] = json.loads((tmp_path / "shipped" / "digits.json").read_text())["runs"]
     own, new = entry["figures"].values()
     assert new["data"] == "multi-mnist-new-digits" and new["nll"] not in (None, own["nll"])

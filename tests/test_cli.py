@@ -30,7 +30,8 @@ from pyro_scenes.pictures import with_objects
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "svi-train": cli.train, "svi-eval": cli.evaluate, "svi-infer": cli.infer,
-    "svi-bench": cli.bench, "make-scenes": cli.make_scenes,
+    "svi-bench": cli.bench, "make-scenes": cli.make_scenes, "svi-ship": cli.ship,
+    "svi-calibrate": cli.calibrate,
 }
 # A LAVAE that trains in no time, and learns nothing.
 TINY = {
@@ -65,6 +66,11 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def everything(folder: Path) -> tuple[dict[Path, bytes], set[Path]]:
+    """The files, and the folders too."""
+    return files(folder), {path for path in folder.rglob("*") if path.is_dir()}
+
+
 def scenes(images: int, size: int = 32, channels: int = 3) -> dict[str, Any]:
     """White squares of 5 x 5 pixels on black, one or two an image, side by side."""
     counts = 1 + np.arange(images) % 2
@@ -89,6 +95,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         np.savez("data.npz", **scenes(24))
+        np.savez("test.npz", **scenes(24))
         np.savez("bare.npz", images=scenes(24)["images"])
         succeeded(f"{TRAIN} --out run")
         # Every local maximum counts as an object: there is always one.
@@ -163,6 +170,7 @@ BAD = [
     (f"{TRAIN} --out run --resume --steps 9", "steps"),
     (f"{TRAIN} --out cut --resume", "cut"),
     (f"{TRAIN} --out kept.json", "kept.json"),
+    (f"{TRAIN} --out .", "inference.png is there, and of no run"),
     (f"{TRAIN} --out run --resume --force", "--force"),
     ("svi-eval", "CHECKPOINT"),
     ("svi-eval run", "--data"),
@@ -204,6 +212,12 @@ BAD = [
     ("svi-infer run data.npz --steps kept.png", "kept.png"),
     ("svi-infer run data.npz --tables new.txt", "new.txt"),
     ("svi-infer run data.npz --tables new.png --steps new.png", "new.png"),
+    ("svi-infer run data.npz --tables new.png --steps empty/../new.png", "new.png"),
+    ("svi-infer run data.npz --out kept.json/new.json", "no folder that takes files"),
+    ("svi-infer run data.npz --graph graphml --out kept.json --force", "kept.json exists"),
+    ("svi-infer run data.npz --graph graphml --out empty --force", "empty exists"),
+    ("svi-infer run --sample 2 --max-objects 3 --out new.npz", "--max-objects"),
+    ("svi-infer run --sample 1 --out new.npz --prior count=uniform:300", "300 objects"),
     ("svi-infer run data.npz --templates new.png", "categories"),
     ("svi-infer run data.npz --out new.json --figure new.json", "new.json"),
     ("svi-infer run data.npz --out new.json --figure new.txt", "new.txt"),
@@ -217,9 +231,19 @@ BAD = [
     ("svi-infer run data.npz --out new.json --prior count=uniform:5-6", "--prior"),
     ("svi-infer crowded data.npz --max-objects 0 --out new.json", "--max-objects"),
     ("svi-bench --quick --json kept.json", "kept.json"),
+    ("svi-bench --readme kept.png", "kept.png has no lines"),
+    ("svi-bench --scaling --readme nope", "nope has no lines"),
+    ("svi-eval --suite --readme kept.png", "kept.png has no lines"),
+    ("svi-ship", "NAME"),
+    ("svi-ship new --readme kept.png", "RUNS"),
+    ("svi-ship new run --readme kept.png", "kept.png has no lines"),
+    ("svi-ship new run --readme kept.png --out new", "--out"),
+    ("svi-ship new run --out kept.png", "no folder that takes files"),
+    ("svi-calibrate run --readme kept.png", "kept.png has no lines"),
     ("make-scenes nope", "nope"),
     ("make-scenes multi-dsprites --out kept.npz", "kept.npz"),
     ("make-scenes multi-dsprites --images 0", "--images"),
+    (f"make-scenes multi-dsprites --images {10**17} --out new/new.npz", "ask for 100,000,000"),
     ("make-scenes multi-mnist-1k --mnist empty", "empty"),
     ("make-scenes", "NAME"),
     ("make-scenes multi-dsprites --from-pyro pyro.npz --out new.npz", "NAME"),
@@ -243,14 +267,14 @@ def test_bad_input_gives_one_line_and_leaves_everything(
     line: str, named: str, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(prepared)
-    before = files(prepared)
+    before = everything(prepared)
     result = run(line)
     assert result.exit_code == 2, result.output
     # click puts its usage above what it says of options and arguments.
     error = result.stderr.splitlines()[3 if result.stderr.startswith("Usage") else 0:]
     assert len(error) == 1 and error[0].startswith("Error: ") and named in error[0], error
     assert not result.stdout
-    assert files(prepared) == before
+    assert everything(prepared) == before
 
 
 def test_training_writes_a_run_and_shows_held_out_figures(folder: Path) -> None:
@@ -299,6 +323,39 @@ def test_graphs_come_out_as_json_and_graphml(folder: Path) -> None:
     for options in ("--graph json --figure f.png", "--sample 2 --graph json --out a.json"):
         images = "" if "--sample" in options else "data.npz"
         assert run(f"svi-infer run {images} {options}").exit_code == 2
+
+
+def test_graphs_of_a_folder_are_all_there_or_none(folder: Path, monkeypatch) -> None:
+    made: list[str] = []
+
+    def fail_at_the_third(self: Path, content: bytes) -> int:
+        if len(made) == 2:
+            raise OSError(28, "No space left on device")
+        made.append(self.name)
+        return len(content)
+
+    monkeypatch.setattr(Path, "write_bytes", fail_at_the_third)
+    result = run("svi-infer crowded data.npz --max-objects 99 --graph graphml --out graphs")
+    assert result.exit_code == 2 and "No space left" in result.stderr, result.output
+    assert len(made) == 2 and not list(folder.glob("*graphs*"))
+
+
+def test_images_that_a_run_was_trained_on_are_not_measured(folder: Path) -> None:
+    line = "--particles 2 --max-objects 99 --json new.json"
+    Path("elsewhere").mkdir()
+    for data in ("data.npz", "elsewhere/../data.npz"):  # its last 5% is held out: one of 24
+        succeeded(f"svi-eval run --data {data} {line} --force")
+        figures = json.loads(Path("new.json").read_text())
+        assert (figures["data"], figures["images"]) == ("data.npz, held out", 1)
+    succeeded(f"svi-eval run --data test.npz {line} --force")
+    figures = json.loads(Path("new.json").read_text())
+    assert (figures["data"], figures["images"]) == ("test.npz", 24)
+
+
+def test_a_run_that_saved_nothing_yet_is_begun_again(folder: Path) -> None:
+    Path("run/checkpoint.pt").unlink()
+    succeeded(f"{TRAIN} --out run")
+    assert load(Path("run")).step == 3
 
 
 def test_force_replaces_a_run(folder: Path) -> None:
@@ -352,10 +409,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
 
 
 def test_evaluation_writes_figures_and_pictures(folder: Path) -> None:
-    line = "svi-eval run --data data.npz --images 6 --particles 3 --seed 5 --max-objects 99"
+    line = "svi-eval run --data test.npz --images 6 --particles 3 --seed 5 --max-objects 99"
     result = succeeded(f"{line} --json out/figures.json")
     figures = json.loads((folder / "out" / "figures.json").read_text())
-    assert figures["data"] == "data.npz" and figures["images"] == 6
+    assert figures["data"] == "test.npz" and figures["images"] == 6
     assert figures["particles"] == 3 and figures["seed"] == 5
     assert {"model", "nll", "nll_stderr", "count_accuracy", "count_confusion",
             "category_correspondence", "ari", "seconds"} <= figures.keys()
@@ -376,6 +433,25 @@ def test_evaluation_writes_figures_and_pictures(folder: Path) -> None:
         for path in drawn:
             with Image.open(path) as picture:
                 assert min(picture.size) > 100
+
+
+def test_an_evaluation_leaves_out_the_pictures_that_its_images_cannot_show(folder: Path) -> None:
+    np.savez("black.npz", images=np.zeros((3, 32, 32, 3), np.uint8))
+    line = "svi-eval none --data black.npz --particles 2 --figures pictures"
+    succeeded(f"{TRAIN} --out none --set count_threshold=5")
+    succeeded(line)
+    drawn = {path.stem for path in Path("pictures").iterdir()}
+    assert drawn == {"inference", "samples", "steps", "tables"}
+
+
+def test_without_a_curve_the_rest_is_written(folder: Path) -> None:
+    line = "svi-eval crowded --data test.npz --images 4 --particles 2 --max-objects 99"
+    line += " --prior count=uniform:0 --json new.json --curve new.png --figures pictures"
+    result = run(line)
+    assert result.exit_code == 2 and "no --curve" in result.stderr, result.output
+    assert json.loads(Path("new.json").read_text())["impossible"] == 4
+    assert not Path("new.png").exists()
+    assert Path("pictures/inference.png").exists()
 
 
 def test_pictures_are_drawn_by_their_options(folder: Path) -> None:
@@ -405,7 +481,7 @@ def test_force_replaces_files_alone(folder: Path) -> None:
 
 
 def test_force_overwrites_an_output(folder: Path) -> None:
-    line = "svi-eval run --data data.npz --particles 2 --max-objects 99 --json kept.json"
+    line = "svi-eval run --data test.npz --particles 2 --max-objects 99 --json kept.json"
     succeeded(f"{line} --force")
     assert json.loads(Path("kept.json").read_text())["images"] == 24
 
@@ -417,10 +493,13 @@ def test_objects_come_out_of_npz_and_png_alike(folder: Path) -> None:
     np.savez("three.npz", **scenes(3))
     succeeded("svi-infer crowded three.npz --max-objects 99 --out npz.json --figure new.png")
     succeeded("svi-infer crowded pngs --max-objects 99 --out folder.json")
+    Path("three.npz").rename("three")  # what it is, not what it is called
+    succeeded("svi-infer crowded three --max-objects 99 --out plain.json")
     succeeded("svi-infer crowded pngs/0.png pngs/1.png pngs/2.png --max-objects 99 --out png.json")
     found = json.loads(Path("npz.json").read_text())
     assert found == json.loads(Path("png.json").read_text())
     assert found == json.loads(Path("folder.json").read_text())
+    assert found == json.loads(Path("plain.json").read_text())
     assert len(found) == 3
     for one in found:
         assert one["count"] == len(one["objects"]) > 0

@@ -20,26 +20,9 @@ COLOURS = {1: (255, 0, 0), 2: (0, 255, 0), 3: (255, 255, 0), 4: (0, 0, 255), 5: 
            6: (0, 255, 255), 7: (255, 255, 255)}
 
 
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory):
-    """A folder with 10,000 made-up training digits: digit i is a bar and i's lowest bits.
-
-    Its test digits are the first 50 of them, with the labels 9, 8, ... in place of 0, 1, ...
-    """
-    folder = tmp_path_factory.mktemp("mnist")
-    i = np.arange(10_000)
-    images = np.zeros((len(i), 28, 28), np.uint8)
-    images[:, 6:22, 12:15] = 200
-    for bit in range(14):
-        row, column = 4 + 5 * (bit // 4), 2 + 6 * (bit % 4)
-        images[(i >> bit) % 2 == 1, row:row + 4, column:column + 5] = 255
-    labels = (i % 10).astype(np.uint8)
-    for name, pixels, kinds in (("train", images, labels), ("t10k", images[:50], 9 - labels[:50])):
-        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in pixels.shape)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        header = b"\0\0\x08\x01" + len(kinds).to_bytes(4, "big")
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header + kinds.tobytes())
-    return folder
+@pytest.fixture
+def mnist(made_up_mnist):
+    return made_up_mnist
 
 
 def ink_edges(box):
@@ -405,3 +388,9 @@ def test_load_refuses(arguments, message):
 def test_no_objects_at_all():
     data = make("multi-dsprites", 3, objects=(0, 0))
     assert not data.images().any() and data.boxes.shape == (3, 0, 4)
+
+
+def test_scenes_that_are_chosen_are_no_sample_of_what_made_them():
+    data = make("multi-dsprites", 12)
+    assert data[:5].origin == data[::2].origin == data.origin is not None
+    assert data[data.counts == 3].origin is None and data[0].origin is None

@@ -5,6 +5,7 @@ import hashlib
 import io
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +209,14 @@ def test_bytes_of_real_digits_never_change(name, digest, mnist_folder):
     _, labels = mnist.read_mnist("train", mnist_folder)
     present = data.categories >= 0
     assert np.array_equal(labels[data.attributes["digit"][present]], data.categories[present])
+
+
+def test_a_user_without_a_home_is_asked_for_a_folder(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("XDG_CACHE_HOME", "PYRO_SCENES_MNIST"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match="--mnist"):
+        make("multi-mnist-1k", 1)

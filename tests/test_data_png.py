@@ -67,3 +67,20 @@ def test_refusals_are_one_line(tmp_path):
     wide = save(tmp_path / "wide.png", np.zeros((32, 48, 3), np.uint8))
     with pytest.raises(UserError, match="wide.png is 32 x 48 and .*whole.png is 64 x 64 pixels"):
         load_pngs([whole, wide], 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_black(tmp_path, mode):
+    grey = np.array([[200, 200, 100]], np.uint8)
+    image = Image.fromarray(grey, "L").convert("L" if mode == "LA" else "RGB")
+    if mode == "P":
+        image = image.quantize(2)
+        image.save(tmp_path / "0.png", transparency=image.getpixel((0, 0)))
+        expected = [0, 0, 100]
+    else:
+        image.putalpha(Image.fromarray(np.array([[255, 51, 0]], np.uint8), "L"))
+        image.save(tmp_path / "0.png")
+        expected = [200, 40, 0]
+    for channels in (1, 3):
+        pixels = load_pngs([tmp_path], channels)
+        assert pixels[0, 0].tolist() == [[value] * channels for value in expected]

@@ -222,9 +222,9 @@ def test_a_seed_gives_the_same_figure_and_others_agree():
 
 
 @pytest.mark.parametrize("name", BINARY)
-def test_crowded_scenes(name, mnist_folder):
-    found = scene_entropy(DATASETS[name], (7, 7), images=60, mnist=mnist_folder)
-    few = scene_entropy(DATASETS[name], (1, 1), images=60, mnist=mnist_folder)
+def test_crowded_scenes(name, made_up_mnist):
+    found = scene_entropy(DATASETS[name], (7, 7), images=60, mnist=made_up_mnist)
+    few = scene_entropy(DATASETS[name], (1, 1), images=60, mnist=made_up_mnist)
     assert found["count"] == 0 and found["stderr"] < 0.5
     assert found["appearances"] == pytest.approx(7 * few["appearances"])
     # Seven objects take each other's places, and do not tell their order.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_scenes import bounds, evaluate, metrics, report
 from pyro_scenes.data import SceneData
+from pyro_scenes.errors import UserError
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
 
@@ -169,3 +170,22 @@ def test_a_look_is_the_one_sample_bound_and_the_count_accuracy() -> None:
     bound = bounds.iwae(model, data.batch(), 1).mean().item()
     assert look["held-out -ELBO"] == pytest.approx(-bound)
     assert evaluate.look(model, data) == look
+
+
+def test_no_images_are_refused() -> None:
+    model, data = dots()
+    empty: dict[str, Any]
+    for empty in ({"data": data[:0]}, {"data": data, "images": 0}, {"data": data, "nll_images": 0}):
+        with pytest.raises(UserError, match="no images"):
+            evaluate.evaluate(model, **empty)
+
+
+def test_larger_images_come_in_smaller_batches() -> None:
+    def sizes(height: int, width: int) -> list[int]:
+        images = np.broadcast_to(np.uint8(0), (300, height, width, 1))
+        data = SceneData("black", (height, width, 1), images)
+        return [part.stop - part.start for part in evaluate.batches(data)]
+
+    assert sizes(64, 64) == sizes(8, 8) == [256, 256]  # the last stops beyond the end
+    assert sizes(128, 64) == [128] * 3
+    assert sizes(1024, 2048) == [1] * 300

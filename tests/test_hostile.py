@@ -487,7 +487,8 @@ def test_a_run_of_a_stranger_is_not_gone_on_with(tmp_path: Path) -> None:
         {"optimizer": whole["training"]["optimizer"] | {"param_groups": []}},
         {"modules": {"x": torch.zeros(1)}}, {"random": torch.zeros(3)}, {"history": {"loss": 3}},
         {"history": {"loss": (["one"], [1.0])}}, {"history": {"loss": ([1], [torch.zeros(3)])}},
-        {"seconds": "long"}, {"machine": None},
+        {"seconds": "long"}, {"machine": None}, {"seconds": 2**1100}, {"seconds": -1.0},
+        {"history": {"loss": ([2**1100], [1.0])}}, {"history": {"loss": ([-1], [1.0])}},
     ):
         torch.save(whole | {"training": whole["training"] | change}, path)
         result = CliRunner().invoke(cli.train, [*words, "--resume"])

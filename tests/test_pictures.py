@@ -52,7 +52,7 @@ class Given(SceneModel):
         return self.scene
 
     def layers(self, scene: Scene) -> Tensor:
-        layers = torch.zeros(*scene.present.shape, *SHAPE)
+        layers = torch.zeros(*scene.present.shape, *self.image_shape)
         for b, m in scene.present.nonzero().tolist():
             column, row = scene.where[b, m].long().tolist()
             layers[b, m, 0, row, column] = 0.1 * (m + 1)
@@ -230,6 +230,30 @@ def test_a_traversal_moves_scales_turns_and_changes(model: SceneModel, made: dic
     for label in poses:
         torch.testing.assert_close(rows[labels.index(label), 4], whole)
     assert all((row[0] != row[-1]).any() for row in rows)
+    slot = int(scene.present[first].int().argmax())
+    for label in ("x", "y", *poses):
+        for end, sign, stop in ((0, -1, 2.5), (-1, 1, 14.5)):
+            where, pose = scene.where.clone(), scene.pose
+            if label in ("x", "y"):
+                where[first, slot, "xy".index(label)] = stop
+            else:
+                pose = pose.clone()
+                pose[first, slot, :2] *= 2.0**sign if label == "scale" else 1.0
+                pose[first, slot, 2] += sign * math.pi / 2 if label == "angle" else 0.0
+            drawn = model.render(replace(scene, where=where, pose=pose))[first]
+            torch.testing.assert_close(rows[labels.index(label), end], drawn)
+
+
+def test_a_traversal_moves_along_x_and_then_along_y(made: dict) -> None:
+    """Over the middle three quarters of each side, whatever that is; other objects stay."""
+    model = Given(scene_of([], [(3.5, 4.5), (15.5, 0.5)]))
+    model.image_shape = (1, 8, 16)
+    pictures.traversal(model, torch.zeros(2, *model.image_shape))
+    (rows, labels), _ = made["traversal_figure"]
+    assert labels == ["x", "y"] and (rows[:, :, 0, 0, 15] == 0.2).all()
+    places = [[picture[0].nonzero().tolist() for picture in (row == 0.1)] for row in rows]
+    assert places[0] == [[[4, column]] for column in (2, 3, 5, 6, 8, 9, 11, 12, 14)]
+    assert places[1] == [[[line, 3]] for line in (1, 1, 2, 3, 4, 4, 5, 6, 7)]
 
 
 def test_a_swap_exchanges_categories_and_attributes(made: dict) -> None:

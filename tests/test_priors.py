@@ -22,7 +22,7 @@ from scipy import stats
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
-from pyro_scenes import checkpoint, cli, pictures, report, swaps
+from pyro_scenes import checkpoint, cli, pictures, priors, report, swaps
 from pyro_scenes.bounds import estimate
 from pyro_scenes.config import make_config
 from pyro_scenes.data import SceneData, load, load_npz, save_npz
@@ -41,6 +41,7 @@ from pyro_scenes.priors import (
     StandardNormal,
     UniformCount,
     make,
+    maximised,
     normal_parts,
 )
 
@@ -185,17 +186,20 @@ def test_a_mixture_has_a_component_for_each_kind_of_object() -> None:
     assert math.log(200) - 0.1 < paid < math.log(200) + 0.3
 
 
-def test_one_of_many_components_is_wide() -> None:
+@pytest.mark.parametrize("spread, width", [(0.01, 5.0), (5.0, math.sqrt(50.0))])
+def test_one_of_many_components_is_wide(spread, width) -> None:
+    """As wide as what the guide draws: means of deviation 5, and what it spreads round them."""
     values = 10.0 + 5.0 * torch.randn(2000, 3)
     mixture = GaussianMixture(3, 150)
-    swaps.fit(mixture, found(values, 0.01), progress=False)
+    swaps.fit(mixture, found(values, spread), progress=False)
     mixture.requires_grad_(False)
     masses, wide = mixture.logits.softmax(0), mixture.log_scales[-1].exp()
     assert masses[-1] == pytest.approx(0.02) and (wide > mixture.log_scales[:-1].exp()).all()
-    assert torch.allclose(wide, torch.tensor(5.0), rtol=0.1)
+    assert torch.allclose(wide, torch.tensor(width), rtol=0.1)
     # 4 deviations off: at most what the wide one makes of it, and its mass.
-    unlike = mixture().log_prob(torch.full((1, 3), 30.0)).item()
-    assert unlike > stats.norm.logpdf(30.0, 10.0, 5.0) * 3 + math.log(0.02) - 1.0
+    far = 10.0 + 4 * width
+    unlike = mixture().log_prob(torch.full((1, 3), far)).item()
+    assert unlike > stats.norm.logpdf(far, 10.0, width) * 3 + math.log(0.02) - 1.0
 
 
 def bent(size: int) -> Flow:
@@ -331,11 +335,47 @@ def test_fitted_priors_come_near_the_truth_on_other_draws(text, monkeypatch) -> 
     assert fitted == pytest.approx(log_density_of_two(held_out).mean().item(), abs=0.06)
 
 
-def test_a_fit_is_to_draws_of_the_guide_not_to_its_means(monkeypatch) -> None:
-    monkeypatch.setattr(swaps, "STEPS", 50)
-    mixture = GaussianMixture(1, 1)
-    swaps.fit(mixture, found(3.0 * torch.randn(3000, 1), scale=4.0), progress=False)
-    assert mixture.log_scales.exp().item() == pytest.approx(5.0, rel=0.05)
+@pytest.mark.parametrize("text", ["mixture:1", "flow:1"])
+def test_a_fit_is_to_draws_of_the_guide_not_to_its_means(text, monkeypatch) -> None:
+    """Of a mixture by what they are in the mean, of a flow by drawing them: 3^2 + 4^2 = 5^2."""
+    monkeypatch.setattr(swaps, "STEPS", 40)
+    prior = make("appearance", text, 2)
+    assert isinstance(prior, Fitted)
+    swaps.fit(prior, found(3.0 * torch.randn(3000, 2), scale=4.0), progress=False)
+    deviation = prior().expand([20_000]).sample().std(0)
+    assert torch.allclose(deviation, torch.tensor(5.0), rtol=0.06)
+
+
+def test_a_flow_begins_as_wide_as_the_draws_of_the_guide() -> None:
+    flow = Flow(2, 1)
+    flow.begin(torch.tensor([[0.0, 1.0], [2.0, 5.0]]), torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    assert flow.shift.tolist() == [1.0, 3.0]
+    assert torch.allclose(flow.scale ** 2, torch.tensor([1.0 + 5.0, 4.0 + 4.0]))
+
+
+@pytest.mark.parametrize("spread, variance", [
+    # The squares of two values and of their spreads, and the mean of the latter, over three.
+    ([0.0, 0.0], 2 / 3),
+    ([1.0, 3.0], (2 + 1 + 9 + 5) / 3),
+])
+def test_the_likeliest_component_by_hand(spread, variance) -> None:
+    logits, mean, deviation = maximised(
+        torch.tensor([[0.0], [2.0]]), torch.tensor(spread).unsqueeze(1), 1)
+    assert (mean.item(), deviation.item() ** 2) == pytest.approx((1.0, variance))
+    assert logits.exp().item() == pytest.approx(3.0)  # two values, and one of the prior's
+
+
+def test_values_that_are_gone_through_in_parts_give_the_same_mixture(monkeypatch) -> None:
+    """50 values times components at a time: 10 of 64 values, and 4 in the end."""
+    values, spread, fits = two(64), 0.2 + torch.rand(64, 2), []
+    for held in (priors.HELD, 50):
+        monkeypatch.setattr(priors, "HELD", held)
+        mixture = GaussianMixture(2, 5)
+        torch.manual_seed(1)
+        mixture.begin(values, spread)
+        fits.append(mixture.state_dict())
+    for name, whole in fits[0].items():
+        torch.testing.assert_close(fits[1][name], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_of_more_components_than_objects() -> None:
@@ -395,6 +435,25 @@ def test_appearances_are_those_of_the_objects_that_are_there() -> None:
     for build, size in ((lambda: AIR(ATTEND, SHAPE), 2), (lambda: DiscreteAIR(DISCRETE, SHAPE), 1)):
         seen = swaps.look(build().eval(), scenes, progress=False)
         assert seen.means.shape == (seen.counts.sum(), size) and (seen.scales > 0).all()
+
+
+@pytest.mark.parametrize("build", [
+    lavae, lambda: AIR(ATTEND, SHAPE), lambda: DiscreteAIR(DISCRETE, SHAPE),
+])
+def test_what_is_found_of_an_appearance_is_the_guides_normal(build: Callable) -> None:
+    """Its mean and deviation, for the objects of the draw alone."""
+    model, scenes = build().eval(), dots(COUNTS)
+    torch.manual_seed(5)
+    seen = swaps.look(model, scenes, progress=False)
+    torch.manual_seed(5)
+    trace = poutine.trace(model.guide).get_trace(scenes.batch())
+    count, slots = model.counts(trace), range(int(seen.counts.max()))
+    sites = [trace.nodes[f"{model.appearance_site}_{i}"]["fn"].base_dist for i in slots]
+    assert torch.equal(seen.counts, count) and 0 < len(seen.scales) < len(sites) * len(COUNTS)
+    for known, part in ((seen.means, "loc"), (seen.scales, "scale")):
+        expected = [getattr(site, part)[count > i] for i, site in enumerate(sites)]
+        assert torch.allclose(known, torch.cat(expected))
+    assert seen.scales.std() > 1e-4
 
 
 def test_an_appearance_is_not_fitted_to_nothing() -> None:
@@ -589,7 +648,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pixels = np.zeros((24, 16, 16, 3), np.uint8)
     for i, image in enumerate(pixels):
         image[4 + i % 8:8 + i % 8, 5:9] = 255
-    save_npz("data.npz", SceneData.from_images("squares", pixels, counts=np.ones(24, np.int64)))
+    for name in ("data.npz", "test.npz"):
+        save_npz(name, SceneData.from_images("squares", pixels, counts=np.ones(24, np.int64)))
     config = make_config("lavae", "data.npz", settings=TINY)
     checkpoint.save(Path("model.pt"), config, checkpoint.build(config, (3, 16, 16)), 1)
     return tmp_path
@@ -601,7 +661,7 @@ def run(line: str) -> Result:
     return CliRunner().invoke(command, words, prog_name=name)
 
 
-EVAL = "svi-eval model.pt --data data.npz --images 6 --particles 2 --max-objects 99 --json out.json"
+EVAL = "svi-eval model.pt --data test.npz --images 6 --particles 2 --max-objects 99 --json out.json"
 
 
 @pytest.mark.parametrize("options, named", BAD)

@@ -179,6 +179,23 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], reason: str) -> None:
     assert result.exit_code == 2 and reason in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("option", ["--suite", "--list"])
+def test_one_of_several_processes_runs_no_suite_and_lists_nothing(option, monkeypatch) -> None:
+    monkeypatch.setattr(suite, "run", lambda *given, **options: pytest.fail("it runs"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(cli.evaluate, [option])
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.splitlines()[-1] == "Error: --suite and --list are for one process"
+
+
 def test_readme_goes_with_the_suite() -> None:
     result = CliRunner().invoke(cli.evaluate, ["tiny", "--data", "multi-dsprites", "--readme", "x"])
     assert result.exit_code == 2 and "--readme goes with --suite" in result.output
+
+
+def test_one_image_has_a_bound_and_no_error() -> None:
+    result = CliRunner().invoke(cli.evaluate, ["--suite", "tiny", "--images", "1",
+                                               "--nll-images", "5", "--particles", "2"])
+    assert result.exit_code == 0, result.output
+    page = Path("RESULTS.md").read_text()
+    assert "1 scenes of 0 to 3 objects" in page and "-log p(x) of 1 with 2" in page

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 
 from pyro_scenes import sweep
 from pyro_scenes.cli import sweep as command
-from pyro_scenes.errors import UserError
+from pyro_scenes.data.files import write_json
+from pyro_scenes.errors import Terminated, UserError
 
 COMMON: dict[str, Any] = {
     "model": "conv-vae", "data": "multi-dsprites", "preset": "fast", "steps": 3, "settings": (),
@@ -60,7 +61,8 @@ def test_steps_are_an_axis_or_given_not_both(tmp_path) -> None:
 def test_seeds() -> None:
     assert sweep.seeds("0-4") == (0, 1, 2, 3, 4)
     assert sweep.seeds("1,3,7-8") == (1, 3, 7, 8)
-    for wrong in ("", "a", "1-", "-1", "3-1", "1,5-3", "1,1", "0-2,1", "1.5", f"{2**64}"):
+    for wrong in ("", "a", "1-", "-1", "3-1", "1,5-3", "1,1", "0-2,1", "1.5", f"{2**64}",
+                  f"0-{2**64 - 1}", "0-10000"):
         with pytest.raises(UserError):
             sweep.seeds(wrong)
 
@@ -238,6 +240,26 @@ def test_a_sweep_trains_measures_and_goes_on(data, tmp_path) -> None:
     assert (run / "figures.json").stat().st_mtime_ns == kept
 
 
+@pytest.mark.parametrize("kind, status", [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_interrupted_sweep_writes_the_table_of_what_is_done(
+    data, tmp_path, monkeypatch, kind, status
+) -> None:
+    def one(todo: list[sweep.Cell], jobs: int, tell: sweep.Tell) -> None:
+        finished(todo[0], 1.5, {})
+        tell(todo[0], None)
+        raise kind
+
+    monkeypatch.setattr(sweep, "locally", one)
+    result = invoke(data, tmp_path / "out", "--grid", "batch_size=4,5")
+    assert result.exit_code == status
+    assert result.stderr == "Interrupted. The same command goes on with the sweep.\n"
+    assert result.stdout.splitlines() == ["2 runs, 0 done already", "batch_size=4, seed 0: done"]
+    written = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [setting["done"] for setting in written["settings"]] == [1, 0]
+    table = (tmp_path / "out" / "sweep.md").read_text()
+    assert "| batch_size=4 | 1 of 1 | 1.50 |" in table and "| batch_size=5 | 0 of 1 |" in table
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_submitit_runs_the_same_cells(data, tmp_path) -> None:
     pytest.importorskip("submitit")
@@ -327,3 +349,18 @@ def test_without_submitit_it_says_what_to_install(data, tmp_path, monkeypatch) -
     monkeypatch.setitem(sys.modules, "submitit", None)
     result = invoke(data, tmp_path / "out", "--launcher", "submitit")
     assert result.exit_code == 2 and "install pyro_scenes[cluster]" in result.output
+
+
+def test_another_sweeps_folder_is_left_as_it_is(tmp_path) -> None:
+    cell, = sweep.cells([], (0,), tmp_path, **COMMON)
+    finished(cell, 1.0, {})
+    write_json(Path(cell.out) / "config.json", cell.config().to_dict())
+    (Path(cell.out) / "checkpoint.pt").touch()
+    (tmp_path / "sweep.json").write_text("precious")
+    words = ["--model", "conv-vae", "--data", "multi-dsprites", "--seeds", "0", "--images", "4",
+             "--particles", "2", "--device", "cpu", "--out", str(tmp_path)]
+    result = CliRunner().invoke(command, [*words, "--steps", "4"])
+    assert result.exit_code == 2 and "other settings" in result.stderr, result.output
+    assert (tmp_path / "sweep.json").read_text() == "precious"
+    result = CliRunner().invoke(command, [*words, "--steps", "3"])
+    assert result.exit_code == 0 and "1 done already" in result.stdout, result.output

@@ -431,6 +431,27 @@ def test_rates_reach_the_groups_that_they_name(data) -> None:
     assert by.tolist() == pytest.approx([0.5 / 3] * 4, rel=1e-3)
 
 
+def test_the_norm_of_the_gradient_is_clipped_where_it_is_set(data) -> None:
+    norms = []
+    for setting in ("clip=0", "clip=0.01"):
+        trained = Run(configured(data, setting, "precision=float32"), "cpu")
+        trained.advance()
+        grads = [p.grad.flatten() for p in trained.model.parameters() if p.grad is not None]
+        norms.append(float(torch.cat(grads).norm()))
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_decay_of_second_moments_is_the_one_that_is_set(data) -> None:
+    for setting, part in (("beta2=0.6", 0.4), ("beta2=0.99", 0.01)):
+        trained = Run(configured(data, setting, "precision=float32"), "cpu")
+        trained.advance()
+        kept = [(p.grad, trained.optimizer.state[p]["exp_avg_sq"])
+                for p in trained.model.parameters() if p.grad is not None]
+        assert any(grad.any() for grad, _ in kept)
+        for grad, squares in kept:  # of Adam's first step
+            torch.testing.assert_close(squares, part * grad.square(), rtol=1e-4, atol=0.0)
+
+
 def images(batch: int = 4) -> Tensor:
     return torch.from_numpy(scenes(batch)["images"]).permute(0, 3, 1, 2) / 255
 
@@ -489,6 +510,60 @@ def test_a_step_leaves_the_model_as_it_is_evaluated() -> None:
     assert model.temperature is None and model.likelihood.floor == model.config.likelihood_floor
     plain = {name for name, value in before.items() if isinstance(value, float | bool | None)}
     assert {name: vars(model)[name] for name in plain} == {name: before[name] for name in plain}
+
+
+@pytest.mark.parametrize("step, temperature, floor", [
+    (0, 2.0, 0.2), (5, 1.0, math.sqrt(0.2 * 0.002)), (10, 0.5, 0.002), (99, 0.5, 0.002),
+])
+def test_temperature_and_floor_fall_by_hand(step, temperature, floor) -> None:
+    """Geometrically, each over its own steps; the floor to the model's own."""
+    trained, model = objective(
+        temperature=2.0, temperature_end=0.5, temperature_steps=10, floor=0.2, floor_begin=2,
+        floor_end=8, warmup_full=0, warmup_end=0,
+    )
+    model.config = replace(model.config, likelihood_floor=0.002)
+    seen, guide = [], model.guide
+    model.guide = lambda x, encoded: seen.append(
+        (model.temperature, model.likelihood.floor)) or guide(x, encoded)
+    trained.backward(model, images(), step)
+    (found,) = seen
+    assert found == pytest.approx((temperature, floor))
+
+
+@pytest.mark.parametrize("rest_from", [1.0, 0.4])
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_ever_fewer_images_are_probed_until_places_rest(part, rest_from) -> None:
+    """With an object more than was counted, which is not in the figure of what the model saw."""
+    trained, model = objective(
+        steps=100, probe=0.8, rest_from=rest_from, one_object=0, one_object_end=0, warmup_full=0,
+        warmup_end=0,
+    )
+    heights = torch.zeros(400, 16, 16)
+    heights[:, 3, 3] = heights[:, 12, 12] = 100.0
+    model.location_net.forward = lambda x: heights
+    seen, guide = [], model.guide
+    model.guide = lambda x, encoded: seen.append(encoded) or guide(x, encoded)
+    figures = trained.backward(model, images(400), round(100 * rest_from * part))
+    (encoded,) = seen
+    share = encoded.probed.float().mean().item()
+    assert share == pytest.approx(0.8 * (1 - part), abs=0.1 if part < 1 else 0)
+    assert torch.equal(encoded.count.long(), 2 + encoded.probed.long())
+    assert figures["objects"] == pytest.approx(2.0)
+
+
+def test_the_location_map_learns_at_some_steps_only_once_it_has_settled() -> None:
+    trained, model = objective(
+        location_every=3, location_settled=4, one_object=99, warmup_full=0, warmup_end=0)
+    learning = []
+    for step in range(10):
+        model.zero_grad(set_to_none=True)
+        trained.backward(model, images(), step)
+        grads = [p.grad for p in model.location_net.parameters() if p.grad is not None]
+        assert not grads or any(grad.any() for grad in grads)
+        if grads:
+            learning.append(step)
+        assert all(p.grad.any() for p in model.sprite_net.parameters())
+    assert learning == [0, 1, 2, 3, 6, 9]
 
 
 def test_the_warm_up_pulls_the_map_to_its_target() -> None:

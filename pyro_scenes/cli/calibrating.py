@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 import click
@@ -47,6 +49,9 @@ def calibrate(checkpoint: str, scenes: int, draws: int, steps: int, figure: Path
     from pyro_scenes.objectives import objective
 
     report.claim([out], [figure], force)
+    marks = f"svi-calibrate {checkpoint}"
+    if readme:
+        report.marked(readme, marks)
     trained = checkpoints.load(checkpoint, device)
     model, config = trained.model, trained.config
     found = {"as trained": calibration.measure(model, scenes, draws, seed, progress=True)}
@@ -64,8 +69,10 @@ def calibrate(checkpoint: str, scenes: int, draws: int, steps: int, figure: Path
     if figure:
         plots.save(plots.calibration_figure({k: v.values for k, v in found.items()}), figure)
     if readme:
-        command = f"bin/svi-calibrate {checkpoint} --scenes {scenes} --draws {draws}"
+        command = f"bin/svi-calibrate {shlex.quote(checkpoint)} --scenes {scenes} --draws {draws}"
         command += f" --train {steps}" * bool(steps) + f" --seed {seed}" * bool(seed)
-        picture = f"\n![Ranks]({figure.name})\n" if figure else ""
-        report.insert(readme, f"svi-calibrate {checkpoint}",
+        picture = ""
+        if figure:
+            picture = f"\n![Ranks]({os.path.relpath(figure, readme.parent)})\n"
+        report.insert(readme, marks,
                       f"`{command}`\n\n```\n{text}\n```\n{picture}")

@@ -68,12 +68,15 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
         raise click.UsageError("--graph needs IMAGES and --out")
     if priors and not sample:
         raise click.UsageError("--prior goes with --sample")
+    if sample and max_objects is not None:
+        raise click.UsageError("--max-objects goes with IMAGES")
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import pictures, plots, report, swaps
     from pyro_scenes.data import SceneData, save_npz
     from pyro_scenes.evaluate import infer as find
 
-    report.claim([out], wanted.values(), force)
+    # A folder of graphs replaces nothing.
+    report.claim([out], wanted.values(), force and graph != "graphml")
     trained = checkpoints.load(checkpoint, device)
     model = trained.model
     if sample:

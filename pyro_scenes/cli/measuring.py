@@ -44,7 +44,8 @@ from pyro_scenes.cli.options import (
 @click.option("--curve", type=FILE, metavar="FILE",
               help="Draw the bound on the likelihood at 1, 10, 100 ... particles.")
 @click.option("--figures", type=FILE, metavar="DIR",
-              help="Draw every picture that suits the model, inference.png and others.")
+              help="Draw every picture that suits the model and the images, inference.png and "
+              "others.")
 @device_option
 @mnist_option
 @force_option
@@ -72,7 +73,7 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
         if data or objects or max_objects is not None or priors or seed or out or curve or figures:
             raise click.UsageError("--suite chooses the data, the seed and the files itself")
         images = images or 1000
-        _suite(checkpoint, images, nll_images or min(images, 100), particles, chunk, device, mnist,
+        _suite(checkpoint, images, min(images, nll_images or 100), particles, chunk, device, mnist,
                readme)
         return
     if readme:
@@ -100,7 +101,6 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
     from pyro_scenes import bounds
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import distributed, pictures, plots, report, swaps
-    from pyro_scenes.data import load
     from pyro_scenes.data.files import write_json
     from pyro_scenes.errors import UserError
     from pyro_scenes.evaluate import evaluate as measure
@@ -110,7 +110,7 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
     suited = pictures.applying(model) if figures else []
     drawings = {name: figures / f"{name}.png" for name in suited if figures}
     report.claim([out], [*drawings.values(), curve], force)
-    scenes = load(data, images=images, objects=objects, mnist=mnist)
+    scenes = report.unseen(trained.config, data, images, objects, mnist)
     if curve and not bounds.applies(model, scenes):
         raise UserError(f"no --curve: the images are grey, and a {model.likelihood.name} likelihood"
                         " is of binary ones")
@@ -119,7 +119,8 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
     with model.priors(**swapped):
         drawn = {}
         if distributed.rank() == 0:
-            drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), drawings, max_objects)
+            drawn = pictures.draw(model, scenes.batch(slice(0, PICTURED)), drawings, max_objects,
+                                  all_of_them=False)
         result = measure(model, scenes, particles=particles, nll_images=nll_images, seed=seed,
                          chunk=chunk, chunk_seeds=chunk_seeds, limit=max_objects, priors=priors)
     if distributed.rank() > 0:
@@ -129,14 +130,14 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
         click.echo("\n" + report.likelihood(result))
     if out:
         write_json(out, result)
-    if curve:
+    finite = [point for point in result["curve"] or () if point["nll"] is not None]
+    if curve and finite:
         entropy = (result.get("entropy") or {}).get("total")
-        finite = [point for point in result["curve"] if point["nll"] is not None]
-        if not finite:
-            raise UserError("no --curve: the prior gives the counts of some images no mass")
         drawn[curve] = plots.bound_figure(finite, entropy)
     for path, figure in drawn.items():
         plots.save(figure, path)
+    if curve and not finite:  # all else is written
+        raise UserError("no --curve: the prior gives the counts of some images no mass")
 
 
 def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
@@ -149,6 +150,8 @@ def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
     names = (checkpoint,) if checkpoint else tuple(checkpoints.shipped())
     if not set(names) <= checkpoints.shipped().keys():
         raise UserError(f"{checkpoint} is no shipped checkpoint; svi-eval --list shows those")
+    if readme:
+        report.marked(readme, "svi-eval --suite")
     folder = Path("results")
     for line in suite.run(folder, names, images=images, nll_images=nll_images,
                           particles=particles, chunk=chunk, mnist=mnist, device=device):
@@ -184,6 +187,8 @@ def bench(quick: bool, out: Path | None, readme: Path | None, figure: Path | Non
     from pyro_scenes.data.files import write_json
 
     report.claim([out], [figure], force)
+    if readme:
+        report.marked(readme, "svi-bench --scaling" if scaling else "svi-bench")
     if scaling:
         from pyro_scenes.bench import scaling as several
 
@@ -225,9 +230,14 @@ def ship(name: str | None, runs: tuple[Path, ...], images: int, particles: int,
     """Measure RUNS, one command's seeds, and ship the first one's weights as NAME with a card."""
     from pyro_scenes import cards, report
 
-    if not readme and not (name and runs):
-        raise click.UsageError("give a NAME and RUNS, or --readme")
-    if name and runs:
+    if bool(name) != bool(runs) or not (name or readme):
+        raise click.UsageError("give a NAME and RUNS, or --readme, or both")
+    if readme and out:
+        raise click.UsageError("--readme is of what the package ships: leave --out out")
+    if readme:
+        report.marked(readme, "svi-ship")
+    if name:
+        report.claim([out / name] if out else [], [], force=True)
         folder = {"folder": out} if out else {}
         click.echo(cards.ship(name, list(runs), images=images, particles=particles,
                               nll_images=nll_images, mnist=mnist, device=device, **folder))

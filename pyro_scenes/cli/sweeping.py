@@ -71,6 +71,8 @@ def sweep(model: str, data: str, preset: str, steps: int | None, seeds: str,
         mnist=str(mnist) if mnist else None,
     )
     todo = [cell for cell in found if cell.figures() is None]
+    for cell in todo:  # before the table of another sweep is written over
+        cell.check()
     click.echo(f"{len(found)} runs, {len(found) - len(todo)} done already")
     out.mkdir(parents=True, exist_ok=True)
     errors: dict[str, str] = {}

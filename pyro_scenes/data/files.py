@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,10 +24,11 @@ CHUNK = 4 * 2**20
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends without an exception.
 
-    It is written beside `path`, in the same folder, and removed when the block fails. An OSError,
-    of a full disk say, names `path`.
+    It is written beside `path`, in the same folder, which is made if need be, and removed when the
+    block fails. An OSError, of a full disk say, names `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -39,6 +41,28 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which is at `path` when the block ends without an exception, or nowhere.
+
+    An OSError, of a full disk say, names `path`.
+
+    :raises UserError: if there is anything already.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists: give the folder another name")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_unfinished(path: Path) -> None:

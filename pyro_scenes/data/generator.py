@@ -14,6 +14,7 @@ from pyro_scenes.data.scene_data import Origin, SceneData
 from pyro_scenes.errors import UserError
 
 # Scenes made from one seed. Part of what defines the data: another value gives other images.
+MOST_IMAGES = 10**8  # more would be a slip
 CHUNK = 1024
 STREAMS = {"train": 0, "test": 1}
 # Objects in test scenes with more than any training scene has: the paper's test of generalisation.
@@ -101,6 +102,8 @@ class DatasetSpec:
         low, high = self.objects_range(objects)
         if images < 1:
             raise UserError(f"{images} images asked for; ask for at least 1")
+        if images > MOST_IMAGES:
+            raise UserError(f"{images} images asked for; ask for {MOST_IMAGES:,} at most")
         if stream not in STREAMS:
             raise UserError(f"unknown stream {stream!r}; one of {', '.join(STREAMS)}")
         if not 0 <= seed < 2**64:

@@ -108,8 +108,12 @@ def _read(path: Path) -> bytes:
 
 def _from_cache(name: str) -> tuple[np.ndarray, Path]:
     """From the cache, filled by a download where the file is missing or not the original."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home) / "pyro_scenes" / "mnist" / f"{name}.gz"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        raise UserError("there is no home to keep MNIST in: name a folder with its files by --mnist"
+                        f" or {VARIABLE}") from None
+    path = home / "pyro_scenes" / "mnist" / f"{name}.gz"
     try:
         content = _verified(path, _read(path))
     except (OSError, UserError):

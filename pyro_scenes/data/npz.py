@@ -50,7 +50,13 @@ def save_npz(path: str | Path, data: SceneData) -> None:
     """Write images and truth (not the attributes), compressed, whole or not at all.
 
     The images go out block by block, so memory stays near the packed size.
+
+    Raises:
+        UserError: an image has more objects than are read again.
     """
+    if data.counts is not None and data.counts.max(initial=0) > MOST:
+        raise UserError(f"{path} cannot hold an image of {data.counts.max()} objects;"
+                        f" {MOST} are the most")
     images = ((len(data), *data.shape), np.dtype(np.uint8), data.blocks())
     arrays: dict[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]] = {"images": images}
     for name in TRUTH:

@@ -14,7 +14,7 @@ from pyro_scenes import limits
 from pyro_scenes.data.files import check_regular
 from pyro_scenes.errors import UserError, reason
 
-BYTES = 4  # that a pixel takes while it is read, or less
+BYTES = 4  # that a pixel takes while it is read, or less; twice as many with transparency
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour
 
 
@@ -23,7 +23,8 @@ def load_pngs(paths: Sequence[str | Path], channels: int) -> np.ndarray:
 
     Args:
         paths: files, and folders whose *.png are taken in order of name.
-        channels: C; pixels are turned to grey (1, luma) or colour (3).
+        channels: C; pixels are turned to grey (1, luma) or colour (3), on black where they are
+            transparent.
 
     Raises:
         UserError: nothing there, an unreadable file, files of different sizes, or more pixels
@@ -58,11 +59,16 @@ def _read_png(path: Path, channels: int, before: int) -> np.ndarray:
             limits.check(path, path.stat().st_size)
             # In memory a read of what a chunk claims to have ends where the file does.
             with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
-                limits.check(path, BYTES * (before + image.width * image.height))
+                every = before + image.width * image.height
+                limits.check(path, BYTES * every * (1 + image.has_transparency_data))
                 if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
                     raise UserError(f"{path} has pixels of mode {image.mode}; save it with 8 bits "
                                     "a channel")
-                pixels = np.asarray(image.convert(MODES[channels]))
+                shown: Image.Image = image
+                if image.has_transparency_data:  # its hidden pixels may have any colour
+                    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+                    shown = Image.alpha_composite(black, image.convert("RGBA"))
+                pixels = np.asarray(shown.convert(MODES[channels]))
                 return pixels.reshape(image.height, image.width, channels)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

@@ -112,13 +112,18 @@ class SceneData:
             yield self.images(slice(start, start + BLOCK))
 
     def __getitem__(self, index: Index) -> SceneData:
-        """The scenes at `index` with all their truth; an int gives a data set of one."""
+        """The scenes at `index` with all their truth; an int gives a data set of one.
+
+        Chosen by anything but a slice they are no fair sample: where they are from, and with it
+        the entropy of what made them, is not known any more.
+        """
         at = _plural(index)
         arrays: dict[str, Any] = {
             f.name: value[at] for f in fields(self)
             if isinstance(value := getattr(self, f.name), np.ndarray)}
         arrays["attributes"] = {name: value[at] for name, value in self.attributes.items()}
-        return replace(self, **arrays)
+        origin = self.origin if isinstance(index, slice) else None
+        return replace(self, origin=origin, **arrays)
 
     def _bits(self, index: Index) -> np.ndarray:
         height, width, channels = self.shape

@@ -386,7 +386,8 @@ class DiscreteAIR(Attend):
             return rest.square().sum((1, 2, 3)) / (2 * self.config.sigma**2)  # (N,)
 
         after_it = torch.zeros_like(left)
-        best = nats(left - self._likeliest(left, previous, state, centres)[0]) - WORTH
+        alone = nats(left - self._likeliest(left, previous, state, centres)[0])
+        best = torch.minimum(alone, nats(left)) - WORTH  # there may be no object at all
         # Where one object leaves less than that, no two can explain as much more.
         rows = (best > 0).nonzero().squeeze(1)
         if not len(rows):
@@ -504,18 +505,21 @@ class DiscreteAIR(Attend):
         :param z_where: (N, K, D).
         """
         c = self.config
+        pose, size = self.pose(z_where), (left.shape[-2], left.shape[-1])
+        transform, cell = to_image(*pose), pose[0].prod(-1) * size[0] * size[1] / c.window**2
         if self._thorough:
-            size, cell = (left.shape[-2], left.shape[-1]), left.new_ones(())
             kinds = drawn.expand(len(left), *drawn.shape[-4:]).unbind(1)  # K of (N, C, S, S)
             # One after the other: canvases of all categories at once are K times as large.
-            return torch.stack([
-                attention.gain(left, self.write(*kind, size), cell, c.sigma)
+            inside = torch.stack([
+                attention.gain(left, self.write(*kind, size), left.new_ones(()), c.sigma)
                 for kind in zip(kinds, z_where.unbind(1), strict=True)
             ], -1)
-        pose = self.pose(z_where)
-        seen = windows(left, to_image(*pose), c.window)
-        cell = pose[0].prod(-1) * left.shape[-1] * left.shape[-2] / c.window**2
-        return attention.gain(seen, drawn, cell, c.sigma)
+            # What is beyond the canvas explains nothing, as in a window: else an object that is
+            # there alone would cost nothing where there is none.
+            canvas = windows(left.new_ones(len(left), 1, *size), transform, c.window)
+            beyond = drawn * (1 - canvas).clamp(min=0).sqrt()
+            return inside + attention.gain(torch.zeros_like(beyond), beyond, cell, c.sigma)
+        return attention.gain(windows(left, transform, c.window), drawn, cell, c.sigma)
 
     def _explain(self, found: dict[str, Tensor], t: int, guess: Guess, choose: Choose) -> None:
         """The fast order: the category that explains most, then where and how it does."""

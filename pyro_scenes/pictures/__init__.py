@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyro_scenes.errors import NothingToDraw
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.pictures.changed import sample, sample_counted, samples, swap, templates, traversal
@@ -68,10 +69,22 @@ PICTURES = {
 
 
 def draw(
-    model: GenerativeModel, images: Tensor, wanted: Mapping[str, Path], limit: float | None = None
+    model: GenerativeModel, images: Tensor, wanted: Mapping[str, Path], limit: float | None = None,
+    *, all_of_them: bool = True,
 ) -> dict[Path, Figure]:
-    """The pictures to be written, by name and file in, by file and figure out."""
-    return {path: PICTURES[name].draw(model, images, limit) for name, path in wanted.items()}
+    """The pictures to be written, by name and file in, by file and figure out.
+
+    :param all_of_them: or only those that the images have the objects for.
+    :raises NothingToDraw: if they lack them, with `all_of_them`.
+    """
+    drawn = {}
+    for name, path in wanted.items():
+        try:
+            drawn[path] = PICTURES[name].draw(model, images, limit)
+        except NothingToDraw:
+            if all_of_them:
+                raise
+    return drawn
 
 
 def applying(model: GenerativeModel) -> list[str]:

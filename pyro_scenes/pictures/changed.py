@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_scenes import plots
-from pyro_scenes.errors import UserError
+from pyro_scenes.errors import NothingToDraw, UserError
 from pyro_scenes.models import GenerativeModel
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.pictures.common import IMAGES, STEPS, pick, scenes_in, varied
@@ -59,12 +59,12 @@ def traversal(model: GenerativeModel, images: Tensor, limit: float | None = None
     those that change the picture most.
 
     Raises:
-        UserError: no object was found in the images.
+        NothingToDraw: no object was found in the images.
     """
     model, scenes = scenes_in(model, images, limit)
     scene = pick(scenes, torch.nonzero(scenes.counts).flatten()[:1])
     if not len(scene):
-        raise UserError("no object was found in these images; a traversal needs one")
+        raise NothingToDraw("no object was found in these images; a traversal needs one")
     slot = int(scene.present[0].int().argmax())
     rows = {}
     for axis, name in enumerate("xy"):
@@ -104,12 +104,12 @@ def swap(model: GenerativeModel, images: Tensor, limit: float | None = None) -> 
     the category too.
 
     Raises:
-        UserError: no image has two objects.
+        NothingToDraw: no image has two objects.
     """
     model, scenes = scenes_in(model, images, limit)
     scene = pick(scenes, torch.nonzero(scenes.counts >= 2).flatten()[:IMAGES])
     if not len(scene):
-        raise UserError("no image with two objects was found; a swap needs one")
+        raise NothingToDraw("no image with two objects was found; a swap needs one")
     rolled = {
         field: value.clone() for field in ("what", "kind")
         if (value := getattr(scene, field)) is not None

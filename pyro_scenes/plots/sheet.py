@@ -33,21 +33,21 @@ def save(figure: Figure, path: str | Path) -> None:
     The file appears whole or not at all: an older one is replaced when the new one is complete.
 
     Raises:
-        UserError: an unknown extension, or a folder that does not exist or cannot be written.
+        UserError: an unknown extension, or a folder that cannot be made or written.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"figure {path}: its name must end in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write figure {path}: there is no folder {path.parent}")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(unfinished, format=path.suffix[1:].lower(), dpi=figure.dpi)
-        os.replace(unfinished, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            figure.savefig(unfinished, format=path.suffix[1:].lower(), dpi=figure.dpi)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write figure {path}: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
