@@ -14,7 +14,7 @@ from pyro_scenes import cards, checkpoint, cli, report, suite
 from pyro_scenes.config import make_config
 from pyro_scenes.data import load, save_npz
 from pyro_scenes.errors import UserError
-from pyro_scenes.evaluate import evaluate
+from pyro_scenes.evaluate import evaluate, look
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.training import train
 
@@ -24,6 +24,7 @@ TINY = ("location_width=8", "location_blocks=1", "appearance_width=4", "appearan
 TINY_KINDS = ("window=8", "code=4", "decoder_hidden=4", "hidden=4", "glimpse=8", "glimpse_width=2",
               "batch_size=4", "eval_images=4")  # fmt: skip
 OWN, CROWDED = "0-3 objects", "7 objects"
+SOME = 40  # images
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +277,20 @@ def test_shipped_cards_and_the_readme_say_what_the_figures_say() -> None:
     for path in shipped:
         assert path.with_suffix(".md").read_text() == cards._card(json.loads(path.read_text()))
     assert cards.table() in (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(checkpoint.shipped()))
+def test_what_ships_is_as_good_as_its_card_says(name: str, request) -> None:
+    """The first of the test scenes that the card is of: weights and code belong together."""
+    [(_, told), *_] = json.loads((checkpoint.SHIPPED / f"{name}.json").read_text())["runs"][0][
+        "figures"].items()
+    mnist = request.getfixturevalue("mnist_folder") if "mnist" in told["data"] else None
+    found = look(checkpoint.load(name).model, load(told["data"], images=SOME, mnist=mnist))
+    one = told.get("curve", [told])[0]  # of one particle; the oldest cards have none
+    error = one["nll_stderr"] * math.sqrt(told["nll_images"] / SOME)
+    assert abs(found["held-out -ELBO"] - one["nll"]) < 3 * error
+    if told["count_accuracy"] is not None:
+        assert found["count accuracy"] >= 0.95
 
 
 def test_the_results_say_what_their_files_say() -> None:

@@ -140,8 +140,17 @@ TRAINING = {"blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 2000, "
 SIZED = {"scale_least": 0.25, "scale_most": 0.6}
 # Strokes that are left of a digit are not objects; an attribute does not make a 6 a 0.
 EXACT = {"straight_through": True, "looks": 3, "rounds": 2, "attribute_least": 0.5}
+# Binary digits, up to three, a third as large: each pixel counts more, and so do attributes.
+BINARY = {
+    "likelihood": "bernoulli", "max_objects": 3, "window": 24, "attributes": 2,
+    "scale_least": 0.15, "scale_most": 0.29, "looks": 3, "rounds": 1, "attribute_least": 0.4,
+    "balance": 0.1, "attributes_from": 1500, "steps": 4000,
+}
 SUITED = {
-    "fast": {"multi-mnist": DIGITS | TRAINING | SIZED | EXACT},
+    "fast": {
+        "multi-mnist": DIGITS | TRAINING | SIZED | EXACT,
+        "multi-mnist-10k": DIGITS | BINARY,
+    },
     # 420 epochs of 50,000 images, which the LSTM reads as they are (C.1, C.4).
     "paper": {"multi-mnist": DIGITS | {"window": 32, "embedding": False, "steps": 328_125}},
 }
@@ -386,8 +395,7 @@ class DiscreteAIR(Attend):
             return rest.square().sum((1, 2, 3)) / (2 * self.config.sigma**2)  # (N,)
 
         after_it = torch.zeros_like(left)
-        alone = nats(left - self._likeliest(left, previous, state, centres)[0])
-        best = torch.minimum(alone, nats(left)) - WORTH  # there may be no object at all
+        best = nats(left - self._likeliest(left, previous, state, centres)[0]) - WORTH
         # Where one object leaves less than that, no two can explain as much more.
         rows = (best > 0).nonzero().squeeze(1)
         if not len(rows):
