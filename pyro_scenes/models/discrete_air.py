@@ -316,13 +316,13 @@ class DiscreteAIR(Attend):
     def _attend(self, x: Tensor, choose: Choose) -> list[dict[str, Tensor]]:
         c = self.config
         size = x.shape[-2], x.shape[-1]
-        rows, lead = len(x), torch.Size((len(x),))
-        here, canvas = x.new_ones(rows), torch.zeros_like(x)
-        previous, state = x.new_zeros(rows, self.latents), None
+        lead = torch.Size((len(x),))
+        here, canvas = x.new_ones(lead), torch.zeros_like(x)
+        previous, state = x.new_zeros(*lead, self.latents), None
         centres: list[Tensor] = []
         steps = []
         for t in pyro.markov(range(self.steps), history=self.steps):
-            left = x.repeat(len(canvas) // rows, 1, 1, 1) - canvas  # to explain, (N, C, H, W)
+            left = x - canvas  # to explain, (N, C, H, W)
             if self._thorough and t + 1 < self.steps:
                 left = left - self._next(left, previous, state, centres)
             h, state, guess = self._look(left, previous, state, centres)
@@ -335,7 +335,7 @@ class DiscreteAIR(Attend):
             here = here * z_pres[..., 1]
             if here.shape != lead:  # particles came with the first draw
                 times, lead = here.numel() // lead.numel(), here.shape
-                left, canvas = (v.repeat(times, 1, 1, 1) for v in (left, canvas))
+                x, canvas = (v.repeat(times, 1, 1, 1) for v in (x, canvas))
                 h, *both = (v.repeat(times, 1) for v in (h, *state))
                 state = both[0], both[1]
                 guess = guess and guess.repeat(times)
@@ -453,8 +453,7 @@ class DiscreteAIR(Attend):
         mean, scale = (v.view(*here.shape, -1) for v in self._where(self.where_head(h)))
         found["z_where"] = choose(f"z_where_{t}", dist.Normal(mean, scale).to_event(1), here)
         transform = to_image(*self.pose(found["z_where"].flatten(0, -2)))
-        seen = x.repeat(len(h) // len(x), 1, 1, 1)
-        code = self.code(self.encoder(warp(seen, transform, (side, side))))
+        code = self.code(self.encoder(warp(x, transform, (side, side))))
         logits = code[:, : self.classes].view(*here.shape, -1)
         found["z_cat"] = choose(f"z_cat_{t}", self._category(logits), here)
         if self.config.attributes:
