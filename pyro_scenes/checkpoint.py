@@ -26,6 +26,7 @@ from pyro_scenes.models import MODELS, GenerativeModel
 
 FORMAT = "pyro_scenes checkpoint 1"
 FILE = "checkpoint.pt"
+CONFIG, HISTORY, PICTURE = "config.json", "history.json", "inference.png"  # beside it in a run
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 

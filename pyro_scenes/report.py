@@ -252,18 +252,10 @@ def unseen(
     :param images: only the first so many.
     :raises UserError: as `load` does.
     """
-    scenes = load(data, images=None if _own_file(config, data) else images, objects=objects,
-                  mnist=mnist)
-    if _own_file(config, data):
-        scenes = replace(split_held_out(scenes)[1][:images], name=f"{scenes.name}, held out")
-    return scenes
-
-
-def _own_file(config: RunConfig, data: str) -> bool:
-    """Whether data are the file that a run was trained on."""
-    return not {data, config.data} & DATASETS.keys() and (
-        Path(data).resolve() == Path(config.data).resolve()
-    )
+    if {data, config.data} & DATASETS.keys() or Path(data).resolve() != Path(config.data).resolve():
+        return load(data, images=images, objects=objects, mnist=mnist)
+    scenes = load(data, objects=objects)
+    return replace(split_held_out(scenes)[1][:images], name=f"{scenes.name}, held out")
 
 
 def held_out(
@@ -302,6 +294,6 @@ def finish(config: RunConfig, out: Path, device: str, mnist: Path | None) -> str
         for name, data in sets.items()
     }
     images = next(iter(sets.values())).batch(slice(0, pictures.IMAGES))
-    plots.save(pictures.inference(model, images, math.inf), out / "inference.png")
+    plots.save(pictures.inference(model, images, math.inf), out / checkpoint.PICTURE)
     return (f"{config.data}, held-out scenes, {PARTICLES} particles:\n{table(figures)}\n"
-            f"Picture: {out / 'inference.png'}")
+            f"Picture: {out / checkpoint.PICTURE}")

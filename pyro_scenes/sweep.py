@@ -78,7 +78,7 @@ class Cell:
 
     def check(self) -> None:
         """:raises UserError: if its folder holds a run of other settings."""
-        path = Path(self.out) / training.CONFIG
+        path = Path(self.out) / checkpoint.CONFIG
         if (path.parent / checkpoint.FILE).exists() and path.is_file():
             if RunConfig.from_dict(read_json(path)) != self.config():
                 raise UserError(f"{self.out} holds a run of other settings: give another --out")

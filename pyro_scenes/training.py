@@ -40,7 +40,6 @@ from pyro_scenes.objectives import objective, temporarily
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True), "adamax": torch.optim.Adamax
 }
-CONFIG, HISTORY, PICTURE = "config.json", "history.json", "inference.png"  # beside the checkpoint
 History = dict[str, tuple[list[int], list[float]]]  # name of a series -> its steps and values
 
 
@@ -87,14 +86,14 @@ def train(
                 except OSError as error:
                     raise UserError(f"{out} cannot be made: {error.strerror}") from error
                 stack.enter_context(alone_in(out))
-            for name in (checkpoint.FILE, CONFIG, HISTORY):
+            for name in (checkpoint.FILE, checkpoint.CONFIG, checkpoint.HISTORY):
                 remove_unfinished(out / name)
             if kept is None:  # else a run stopped before its first checkpoint would have another's
-                for name in (checkpoint.FILE, HISTORY):
+                for name in (checkpoint.FILE, checkpoint.HISTORY):
                     (out / name).unlink(missing_ok=True)
-            write_json(out / CONFIG, config.to_dict())
+            write_json(out / checkpoint.CONFIG, config.to_dict())
             if kept is not None:  # A process that was killed may have written one file, not both.
-                write_json(out / HISTORY, run.history)
+                write_json(out / checkpoint.HISTORY, run.history)
 
         kept = distributed.shared(enter)
         run = Run(config, device, mnist)
@@ -291,7 +290,7 @@ class Run:
             "history": self.history,
         }
         checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)
-        write_json(out / HISTORY, self.history)
+        write_json(out / checkpoint.HISTORY, self.history)
 
     def restore(self, content: dict, path: Path) -> None:
         """Go on from the content of a checkpoint of the same configuration, read from ``path``.
@@ -329,10 +328,11 @@ class Run:
 
 def _check_own(out: Path) -> None:
     """:raises UserError: if a run would replace files that are no run's."""
-    there = [name for name in (CONFIG, HISTORY, PICTURE) if (out / name).exists()]
+    beside = checkpoint.CONFIG, checkpoint.HISTORY, checkpoint.PICTURE
+    there = [name for name in beside if (out / name).exists()]
     if there:
         try:
-            RunConfig.from_dict(read_json(out / CONFIG))  # of one that saved nothing yet
+            RunConfig.from_dict(read_json(out / checkpoint.CONFIG))  # of one that saved nothing yet
         except UserError:
             raise UserError(
                 f"{out / there[0]} is there, and of no run: give another --out, or --force"
