@@ -9,8 +9,10 @@ number of processes.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -289,6 +291,9 @@ class Run:
             "machine": self.machine,
             "history": self.history,
         }
+        if not out.is_dir():  # removed, and with it the lock: it is not made anew
+            missing = errno.ENOENT
+            raise FileNotFoundError(missing, os.strerror(missing), str(out / checkpoint.FILE))
         checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)
         write_json(out / checkpoint.HISTORY, self.history)
 
