@@ -123,7 +123,6 @@ def run(
             figures = asked | _measure(
                 trained, cell, images, nll_images, particles, chunk, mnist
             )
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, figures)
             yield f"{file}: {figures.get('error') or 'measured'}"
 

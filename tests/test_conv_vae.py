@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
 from scipy import stats
 from torch import Tensor, nn
 
@@ -330,6 +331,21 @@ def test_the_kl_map_by_hand(side) -> None:
                 expected[:, row::step, column::step] = divergence.sum(1)
                 z[:, :, row::step, column::step] = q.mean
     assert (expected > 0.01).all() and torch.allclose(model.kl_map(x), expected, rtol=1e-4)
+
+
+def test_beta_1_is_the_plain_elbo(model) -> None:
+    x = images()
+    model.zero_grad()
+    torch.manual_seed(5)
+    with poutine.scale(scale=1 / len(x)):
+        loss = TraceMeanField_ELBO().loss_and_grads(model.model, model.guide, x)
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(5)
+    figures = ConvVAEObjective(SCHEDULE, model, 100).backward(model, x, 30)
+    assert figures["loss"] == loss
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_an_evaluation_has_no_beta(model) -> None:

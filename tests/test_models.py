@@ -484,9 +484,17 @@ def test_images_of_other_channels_are_refused(row) -> None:
 # --- priors --------------------------------------------------------------------------------------
 
 
-def test_a_model_without_a_method_says_which() -> None:
-    with pytest.raises(NotImplementedError, match="SceneModel has no infer"):
-        SceneModel().reconstruct(images())  # which is what is inferred, rendered
+@pytest.mark.parametrize("method, arguments", [
+    ("model", 1), ("guide", 1), ("reconstruct", 1), ("infer", 1), ("counts", 1), ("render", 1),
+    ("layers", 1), ("sprites", 1), ("_attend", 2), ("pose", 1), ("templates", 2),
+    ("choose_likeliest", 3),
+])
+def test_a_model_without_a_method_says_which(method: str, arguments: int) -> None:
+    # Scenes are reconstructed by what is inferred and rendered.
+    kind = Attend if hasattr(Attend, method) and not hasattr(SceneModel, method) else SceneModel
+    kind = GenerativeModel if method == "reconstruct" else kind
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__} has no {method}"):
+        getattr(kind(), method)(*[torch.zeros(1)] * arguments)
 
 
 def test_priors_are_swapped_for_a_while() -> None:

@@ -335,8 +335,15 @@ def test_fitted_priors_come_near_the_truth_on_other_draws(text, monkeypatch) -> 
     assert fitted == pytest.approx(log_density_of_two(held_out).mean().item(), abs=0.06)
 
 
+def test_a_fit_is_to_draws_of_the_guide_not_to_its_means(monkeypatch) -> None:
+    monkeypatch.setattr(swaps, "STEPS", 50)
+    mixture = GaussianMixture(1, 1)
+    swaps.fit(mixture, found(3.0 * torch.randn(3000, 1), scale=4.0), progress=False)
+    assert mixture.log_scales.exp().item() == pytest.approx(5.0, rel=0.05)
+
+
 @pytest.mark.parametrize("text", ["mixture:1", "flow:1"])
-def test_a_fit_is_to_draws_of_the_guide_not_to_its_means(text, monkeypatch) -> None:
+def test_what_is_fitted_spreads_as_the_draws_of_the_guide(text, monkeypatch) -> None:
     """Of a mixture by what they are in the mean, of a flow by drawing them: 3^2 + 4^2 = 5^2."""
     monkeypatch.setattr(swaps, "STEPS", 40)
     prior = make("appearance", text, 2)

@@ -134,7 +134,6 @@ def _download(path: Path) -> bytes:
             reasons.append(f"{url}: {reason(error)}")
             continue
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write(packed)
         except OSError:

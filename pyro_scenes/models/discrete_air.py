@@ -524,8 +524,8 @@ class DiscreteAIR(Attend):
             # What is beyond the canvas explains nothing, as in a window: else an object that is
             # there alone would cost nothing where there is none.
             canvas = windows(left.new_ones(len(left), 1, *size), transform, c.window)
-            beyond = drawn * (1 - canvas).clamp(min=0).sqrt()
-            return inside + attention.gain(torch.zeros_like(beyond), beyond, cell, c.sigma)
+            beyond = ((1 - canvas) * drawn.square()).sum((-3, -2, -1))
+            return inside - cell * beyond / (2 * c.sigma**2)
         return attention.gain(windows(left, transform, c.window), drawn, cell, c.sigma)
 
     def _explain(self, found: dict[str, Tensor], t: int, guess: Guess, choose: Choose) -> None:
