@@ -6,6 +6,7 @@ Everything a card says is read from runs and measured here; nothing is typed.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,9 @@ from pyro_scenes import checkpoint, pictures, plots
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.config import RunConfig
 from pyro_scenes.data import DATASETS
-from pyro_scenes.data.files import atomic_write, read_json, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.files import atomic_write, read_json, write_json
 from pyro_scenes.report import CROWDED_LABEL, held_out
 
 # A seed has succeeded if so many of its counts are right, on scenes like those of its training.
@@ -92,10 +93,11 @@ def rewrite(folder: Path = checkpoint.SHIPPED) -> None:
     """Write the cards anew from their figures."""
     for path in sorted(folder.glob("*.json")):
         with atomic_write(path.with_suffix(".md")) as file:
-            file.write(_card(_content(path)).encode())
+            file.write(_card(content_of(path)).encode())
 
 
-def _content(path: Path) -> dict:
+def content_of(path: Path) -> dict:
+    """What a card is made from. :raises UserError: if it is not there or damaged."""
     return read_json(path, ("name", "settings", "parameters", "runs"))
 
 
@@ -103,11 +105,11 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
     """A Markdown table of what has shipped, a row a checkpoint: means over its seeds."""
     headings = (
         "checkpoint", "seeds", "count right", f"count right, {CROWDED_LABEL}", "correspondence",
-        "-log p(x) <=", "training, minutes",
+        "-log p(x) <=", "its error over images", "training, minutes",
     )
     rows = []
     for path in sorted(folder.glob("*.json")):
-        content = _content(path)
+        content = content_of(path)
         runs = content["runs"]
         labelled = by_label(runs)
         figures = next(iter(labelled.values()))
@@ -116,8 +118,9 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
             str(len(runs)),
             spread(figures, "count_accuracy", 4),
             spread(labelled.get(CROWDED_LABEL, []), "count_accuracy", 4),
-            spread(figures, "category_correspondence", 4),
+            correspondence(content, figures),
             bound(figures),
+            images_error(figures),
             f"{statistics.mean(run['training_seconds'] for run in runs) / 60:.0f}",
         ))
     return "\n".join(table_lines(headings, rows))
@@ -128,9 +131,17 @@ def by_label(runs: list[dict]) -> dict[str, list[dict]]:
     return {label: [run["figures"][label] for run in runs] for label in runs[0]["figures"]}
 
 
-def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
+def table_lines(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], keep: int | None = None
+) -> list[str]:
+    """The lines of a Markdown table.
+
+    :param keep: leave columns that apply to no row out, but for the first so many; None: keep all.
+    """
+    used = [i for i in range(len(headings))
+            if keep is None or i < keep or any(row[i] != "-" for row in rows)]
+    lines = (headings, ["---"] * len(headings), *rows)
+    return ["| " + " | ".join(row[i] for i in used) + " |" for row in lines]
 
 
 def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
@@ -204,7 +215,7 @@ def _card(content: dict) -> str:
         "",
         f"![Inferred test scenes]({content['name']}.png)",
         "",
-        f"Trained by `{config.command('SEED')}`: {config.train.steps:,} steps of"
+        f"Trained by `{_launcher(runs)}{config.command('SEED')}`: {config.train.steps:,} steps of"
         f" {config.train.batch_size} images; {content['parameters']:,} parameters. The weights are"
         f" those of seed {runs[0]['seed']}; every seed that was run is listed.",
     ]
@@ -220,7 +231,7 @@ def _card(content: dict) -> str:
         likelihood = figures[0]["likelihood"]
         headings = ["seed", *(heading.format(likelihood=likelihood) for heading, _, _ in columns)]
         rows = [
-            [str(run["seed"]), *(_number(row[key], digits) for _, key, digits in columns)]
+            [str(run["seed"]), *(number(row[key], digits) for _, key, digits in columns)]
             for run, row in zip(runs, figures, strict=True)
         ]
         means = ["mean +- sd", *(spread(figures, key, digits) for _, key, digits in columns)]
@@ -233,6 +244,14 @@ def _card(content: dict) -> str:
     lines += ["", " ".join(note for key, note in NOTES.items() if key in used)]
     lines += ["", f"Trained on: {'; '.join(sorted({run['machine'] for run in runs}))}.", ""]
     return "\n".join(lines)
+
+
+def _launcher(runs: list[dict]) -> str:
+    """What a command begins with to have the processes that all of these runs had, if several."""
+    numbers = {match and match[1] for run in runs
+               for match in [re.search(r", (\d+) processes$", run["machine"])]}
+    number = numbers.pop() if len(numbers) == 1 else None
+    return f"torchrun --nproc-per-node {number} " if number else ""
 
 
 def _measured(label: str, figures: dict) -> str:
@@ -250,7 +269,8 @@ def _measured(label: str, figures: dict) -> str:
     return text
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """A figure to print; "-" for none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -264,7 +284,7 @@ def spread(figures: list[dict], key: str, digits: int) -> str:
     values = known(figures, key)
     if not values:
         return "-"
-    mean = _number(statistics.mean(values), digits)
+    mean = number(statistics.mean(values), digits)
     return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
@@ -272,3 +292,19 @@ def bound(figures: list[dict]) -> str:
     """The bound on -log p(x) over seeds, nats, with the likelihood it is under."""
     text = spread(figures, "nll", 1)
     return text if text == "-" else f"{text} ({figures[0]['likelihood']})"
+
+
+def images_error(figures: list[dict]) -> str:
+    """The standard error over images of that bound, nats, of a seed, and of how many images."""
+    errors = known(figures, "nll_stderr")
+    if not errors:
+        return "-"
+    return f"{statistics.mean(errors):.1f} of {figures[0]['nll_images']:,}"
+
+
+def correspondence(content: dict, figures: list[dict]) -> str:
+    """Category correspondence over seeds, and how many categories there are if more than labels."""
+    text, classes = spread(figures, "category_correspondence", 4), content["settings"]["net"]
+    labels = len(DATASETS[content["settings"]["data"]].class_names)
+    more = text != "-" and classes["classes"] > labels
+    return f"{text} ({classes['classes']} categories for {labels})" if more else text

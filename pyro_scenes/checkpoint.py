@@ -12,6 +12,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_scenes import limits, tensors
 from pyro_scenes.config import LARGEST, RunConfig
-from pyro_scenes.data.files import atomic_write, parse_json
 from pyro_scenes.errors import UserError, reason
+from pyro_scenes.files import atomic_write, parse_json
 from pyro_scenes.machine import keep_memory
 from pyro_scenes.models import MODELS, GenerativeModel
 
@@ -149,9 +150,7 @@ def load(name: str | Path, device: str = "cpu") -> Checkpoint:
         name: value.float() if getattr(value, "dtype", None) == torch.float16 else value
         for name, value in content["model"].items()
     }
-    kinds = ({name: _kind(value) for name, value in values.items()}
-             for values in (state, model.state_dict()))
-    if next(kinds) != next(kinds):
+    if _kinds(state) != _kinds(model.state_dict()):
         raise _foreign(path)
     if not all(value.isfinite().all() for value in state.values()):
         raise UserError(f"{path} has weights that are not finite: its training went wrong")
@@ -192,8 +191,9 @@ def read(path: Path) -> dict:
     training = content.get("training", False)
     if not (_holds(content, CONTENT) and (training is None or _is_training(training))):
         raise _foreign(path)
-    sizes = content["image_shape"]
-    if not (len(sizes) == 3 and all(type(n) is int and 0 < n <= LARGEST for n in sizes)):
+    sizes, step = content["image_shape"], content["step"]
+    if not (type(step) is int and 0 <= step < LONGEST and len(sizes) == 3
+            and all(type(n) is int and 0 < n <= LARGEST for n in sizes)):
         raise _foreign(path)
     return content
 
@@ -214,7 +214,10 @@ def _holds(content: object, kinds: dict) -> bool:
 
 def _is_training(content: object) -> bool:
     """Whether there is what a run goes on from, with a history of numbers."""
-    return _holds(content, TRAINING) and 0 <= content["seconds"] < LONGEST and all(  # type: ignore
+    if not _holds(content, TRAINING) or not 0 <= content["seconds"] < LONGEST:  # type: ignore
+        return False
+    # Older ones do not say on which file's images they were trained.
+    return isinstance(content.get("images"), str | None) and all(  # type: ignore[attr-defined]
         type(name) is str and isinstance(series, list | tuple) and len(series) == 2
         and all(type(part) is list and len(part) == len(series[0]) for part in series)
         and all(type(step) is int and 0 <= step < LONGEST for step in series[0])
@@ -223,9 +226,12 @@ def _is_training(content: object) -> bool:
     )
 
 
-def _kind(value: object) -> object:
-    """What two tensors must have in common to take each other's place; None for anything else."""
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else None
+def _kinds(state: dict[str, Any]) -> dict[str, Any]:
+    """What two states must have in common to take each other's place; None for no tensor."""
+    return {
+        name: (value.shape, value.dtype) if isinstance(value, Tensor) else None
+        for name, value in state.items()
+    }
 
 
 def digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import shlex
 import sys
@@ -23,12 +24,12 @@ from pyro_scenes.objectives import schedule
 class TrainConfig:
     """Settings of the training loop; defaults are those of LAVAE's fast preset."""
 
-    steps: int = 3000
-    batch_size: int = 64
+    steps: int = 3000  # of the optimiser
+    batch_size: int = 64  # images a step, of all processes
     optimizer: str = "adam"  # adam or adamax
     beta2: float = 0.99  # decay of the optimiser's second moment
     clip: float = 100.0  # largest norm of the gradient, 0 for no limit
-    precision: str = "auto"  # of the inference networks: auto, float32 or bfloat16
+    precision: str = "auto"  # of LAVAE's inference and the VAE's networks, or float32, bfloat16
     checkpoint_every: int = 500  # steps
     log_every: int = 10  # steps
     eval_every: int = 250  # steps between short looks at held-out images
@@ -65,6 +66,7 @@ LEAST = {
     **dict.fromkeys(("window", "glimpse"), 8),
     **dict.fromkeys(("blur", "shut"), 0.1),
     **dict.fromkeys(("sigma", "scale_least", "angle_deviation", "attribute_least", "more"), 1e-3),
+    "place_deviation": 1e-3,
     **dict.fromkeys(("grid_latent", "grid_stages"), 1),
     **dict.fromkeys(("location_width", "grid_width"), 2),
     **dict.fromkeys(("temperature", "temperature_end", "logit_scale"), 1e-6),
@@ -73,9 +75,13 @@ LEAST = {
 # What would take memory or time without end if it were larger, whoever asks for it.
 MOST = {
     "grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999, "looks": 100,
-    "rounds": 100, "beta2": 0.999999,
+    "rounds": 100, "beta2": 0.999999, "location_every": 16,
     # Parts of a training.
     **dict.fromkeys(("beta_full", "decay_from", "fit_from", "rest_from"), 1.0),
+}
+# What a setting may be called.
+CHOICES = {
+    "optimizer": ("adam", "adamax"), "precision": ("auto", "float32", "bfloat16"),
 }
 LARGEST = 2**16  # of any other whole number in a network's settings, and of an image's sides
 LAYERS = 100  # numbers in one setting
@@ -107,7 +113,7 @@ class RunConfig:
             for name, value in vars(getattr(self, part)).items():
                 if value != getattr(getattr(usual, part), name):
                     text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                    words += ["--set", f"{name}={text}"]
+                    words += ["--set", f"{spelled(self, part, name)}={text}"]
         return shlex.join([*words, "--seed", str(seed)])
 
     @staticmethod
@@ -151,8 +157,9 @@ def make_config(
 ) -> RunConfig:
     """A run's configuration.
 
-    :param data: a registered data set or the path of an npz file.
-    :param settings: "name=value", any field of the three parts.
+    :param data: a registered data set or the path of an npz file or of a folder of PNG files.
+    :param settings: "name=value", any field of the three parts; a name that two of them have needs
+        its part, as in "net.more=0.4".
     :param known: insist that ``data`` exists.
     :raises UserError: on unknown names and values of the wrong type or size.
     """
@@ -161,7 +168,7 @@ def make_config(
     _, presets, suited = MODELS[model]
     if preset not in presets:
         raise UserError(f"{model} has no preset {preset!r:.60}; it has {', '.join(presets)}")
-    if known and data not in DATASETS and not Path(data).is_file():
+    if known and data not in DATASETS and not Path(data).exists():
         raise UserError(
             f"no data set and no file is called {data!r}; the data sets are {', '.join(DATASETS)}"
         )
@@ -170,7 +177,7 @@ def make_config(
         model, data, preset, seed, train, schedule(model, preset), presets[preset]
     )
     for name, value in suited.get(preset, {}).get(data, {}).items():
-        config = _with(config, name, value)
+        config = _with(config, *find(config, name), value)
     if steps is not None:
         settings = [*settings, f"steps={steps}"]
     for setting in settings:
@@ -180,9 +187,11 @@ def make_config(
 
 
 def _check_sizes(config: RunConfig) -> None:
-    """:raises UserError: for settings that are too small or too large."""
+    """:raises UserError: for settings that are too small or too large, or none of a few names."""
     for part in RunConfig.parts:
         for name, value in vars(getattr(config, part)).items():
+            if value not in CHOICES.get(name, (value,)):
+                raise UserError(f"{name} must be one of {', '.join(CHOICES[name])}")
             numbers = value if isinstance(value, tuple) else (value,)
             if isinstance(value, str) or not numbers:
                 continue
@@ -218,26 +227,64 @@ def _set(config: RunConfig, setting: str) -> RunConfig:
     name, equals, text = setting.partition("=")
     if not equals:
         raise UserError(f"a setting is name=value, not {setting!r}")
-    for part in RunConfig.parts:
-        values = getattr(config, part)
-        kinds = _kinds(values.__class__)
-        if name in kinds:
-            return _with(config, name, _parse(name, text, kinds[name]))
-    raise UserError(f"no setting is called {name!r}; there are {', '.join(setting_names(config))}")
+    part, name = find(config, name)
+    kind = _kinds(getattr(config, part).__class__)[name]
+    return _with(config, part, name, _parse(name, text, kind))
 
 
-def _with(config: RunConfig, name: str, value: Any) -> RunConfig:
-    """The configuration with one field of its parts changed."""
-    for part in RunConfig.parts:
-        values = getattr(config, part)
-        if name in {field.name for field in fields(values)}:
-            return replace(config, **{part: replace(values, **{name: value})})
-    raise AssertionError(f"no setting is called {name}")
+def find(config: RunConfig, name: str) -> tuple[str, str]:
+    """The part and the name of a setting, given as "name" or "part.name".
+
+    :raises UserError: if there is none, or one in several parts.
+    """
+    given, dot, bare = name.rpartition(".")
+    parts = [
+        part for part in RunConfig.parts
+        if bare in _kinds(getattr(config, part).__class__) and given in ("", part)
+    ]
+    if not parts or dot and not given:
+        names = [name for names in settings(config).values() for name in names]
+        raise UserError(f"no setting is called {name!r}; there are {', '.join(names)}")
+    if len(parts) > 1:
+        asked = " or ".join(f"{part}.{bare}" for part in parts)
+        raise UserError(f"{bare} is a setting of {' and '.join(parts)}: write {asked}")
+    return parts[0], bare
 
 
-def setting_names(config: RunConfig) -> list[str]:
-    """What ``--set`` reaches."""
-    return [f.name for part in RunConfig.parts for f in fields(getattr(config, part))]
+def spelled(config: RunConfig, part: str, name: str) -> str:
+    """How a setting is called: with its part where another has one of the same name."""
+    several = sum(name in _kinds(getattr(config, part).__class__) for part in RunConfig.parts) > 1
+    return f"{part}.{name}" if several else name
+
+
+def _with(config: RunConfig, part: str, name: str, value: Any) -> RunConfig:
+    """The configuration with one field of a part changed."""
+    return replace(config, **{part: replace(getattr(config, part), **{name: value})})
+
+
+def settings(config: RunConfig) -> dict[str, dict[str, tuple[Any, str]]]:
+    """What ``--set`` reaches: part -> name -> value and what its source says of it."""
+    return {
+        part: {
+            spelled(config, part, name): (value, _comments(getattr(config, part).__class__)[name])
+            for name, value in vars(getattr(config, part)).items()
+        }
+        for part in RunConfig.parts
+    }
+
+
+@functools.cache
+def _comments(part: type) -> dict[str, str]:
+    """The comments above and beside each field of a dataclass, "" for none."""
+    said: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(part).splitlines():
+        code, _, comment = line.partition("# ")
+        if code.strip():
+            said[code.partition(":")[0].strip()] = " ".join([*above, comment]).strip()
+            comment, above = "", []
+        above += [comment] if comment else []
+    return {field.name: said.get(field.name, "") for field in fields(part)}
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -25,21 +26,21 @@ IMPOSSIBLE = 1e20
 
 
 def infer(
-    model: SceneModel, data: SceneData, limit: float | None = None
-) -> tuple[Scene, Tensor]:
-    """The scenes of a whole data set and its segmentation (N, H, W), on the CPU.
+    model: SceneModel, data: SceneData, limit: float | None = None, segment: bool = False
+) -> tuple[Scene, Tensor | None]:
+    """The scenes of a whole data set and, if asked for, its segmentation (N, H, W), on the CPU.
 
     :raises UserError: if an image shows more objects than the limit.
     """
     device = next(model.parameters()).device
 
-    def inferred(part: slice) -> tuple[Scene, Tensor]:
+    def inferred(part: slice) -> tuple[Scene, list[Tensor]]:
         scene = model.infer(data.batch(part).to(device), limit)
-        return scene.to("cpu"), model.segment(scene, FAINT).to(torch.uint8).cpu()
+        owners = [model.segment(scene, FAINT).to(torch.int16).cpu()] if segment else []
+        return scene.to("cpu"), owners
 
-    parts = distributed.mapped(inferred, batches(data))
-    scenes, segmentations = zip(*parts, strict=True)
-    return Scene.concatenate(list(scenes)), torch.cat(segmentations)
+    scenes, owners = zip(*distributed.mapped(inferred, batches(data)), strict=True)
+    return Scene.concatenate(list(scenes)), torch.cat(sum(owners, [])) if segment else None
 
 
 def batches(data: SceneData) -> list[slice]:
@@ -54,7 +55,6 @@ def evaluate(
     data: SceneData,
     *,
     particles: int = 100,
-    images: int | None = None,
     nll_images: int | None = None,
     seed: int = 0,
     chunk: int | None = None,
@@ -79,16 +79,16 @@ def evaluate(
     number of such images, by all particles, and what is then infinite is None.
 
     :param particles: importance samples an image; 0 to leave the likelihood out.
-    :param images: only the first so many. :param nll_images: of those, the likelihood of so many.
+    :param nll_images: the likelihood of the first so many. :param seed: of the samples.
     :param chunk: particles times images at a time; by default what suits the device.
     :param chunk_seeds: seed the samples of each chunk anew, as several processes always do.
     :param limit: most objects in an image.
     :param priors: what is swapped into the model, in words, for the result to say so.
+    :param progress: show a bar.
     :raises UserError: if there are no images, or they do not suit the model, or one shows too many
         objects.
     """
     start = time.perf_counter()
-    data = data if images is None else data[:images]
     if not len(data) or nll_images == 0:
         raise UserError("there are no images to measure the model on: ask for at least 1")
     model.check(data.batch(slice(0, 1)))
@@ -159,7 +159,7 @@ def _finite(value: Tensor) -> float | None:
 
 
 def _scene_figures(model: SceneModel, data: SceneData, limit: float | None) -> dict:
-    scene, segmentation = infer(model, data, limit)
+    scene, segmentation = infer(model, data, limit, segment=data.segmentation is not None)
     figures: dict = {}
     if data.counts is not None:
         counts = scene.counts.numpy()
@@ -174,10 +174,11 @@ def _scene_figures(model: SceneModel, data: SceneData, limit: float | None) -> d
             matches = metrics.match_by_place(scene.boxes.numpy(), data.boxes)
             figures["placed_correspondence"] = metrics.placed_correspondence(kind, labels, matches)
             figures["purity"] = metrics.purity(kind, labels, matches)
-    if data.segmentation is not None:
+    if data.segmentation is not None and segmentation is not None:
         ari = metrics.foreground_ari(data.segmentation, segmentation.numpy())
-        if not all(math.isnan(value) for value in ari):
-            figures["ari"] = float(ari[~(ari != ari)].mean())
+        known = ari[~np.isnan(ari)]
+        if len(known):
+            figures["ari"] = float(known.mean())
     return figures
 
 

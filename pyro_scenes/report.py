@@ -14,9 +14,9 @@ from typing import Any
 from pyro_scenes import checkpoint, graph, pictures, plots
 from pyro_scenes.config import RunConfig
 from pyro_scenes.data import CROWDED, DATASETS, SceneData, load, load_npz, load_pngs, split_held_out
-from pyro_scenes.data.files import atomic_write, new_folder, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.files import atomic_write, new_folder, write_json
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
@@ -236,7 +236,8 @@ def marked(page: Path, command: str) -> tuple[str, str, str, str]:
         content = page.read_bytes().decode() if page.is_file() else ""
     except UnicodeDecodeError:
         raise UserError(f"{page} is no text in UTF-8") from None
-    parts = re.split(f"({re.escape(begin)}\r?\n)(.*?)({re.escape(end)})", content, 1, re.DOTALL)
+    parts = re.split(f"({re.escape(begin)}\r?\n)(.*?)({re.escape(end)})", content,
+                     maxsplit=1, flags=re.DOTALL)
     if len(parts) == 1:
         raise UserError(f"{page} has no lines {begin} and {end}")
     before, first, _, last, after = parts
@@ -244,17 +245,24 @@ def marked(page: Path, command: str) -> tuple[str, str, str, str]:
 
 
 def unseen(
-    config: RunConfig, data: str, images: int | None, objects: tuple[int, int] | None,
+    trained: checkpoint.Checkpoint, data: str, images: int | None, objects: tuple[int, int] | None,
     mnist: Path | None,
 ) -> SceneData:
-    """Scenes to measure a run on: `load`'s, but of the file that it was trained on the last part.
+    """Scenes to measure a run on: `load`'s, but of the images that it was trained on the last part.
+
+    A file is known again wherever it lies now, by its images, and by its path in older runs.
 
     :param images: only the first so many.
     :raises UserError: as `load` does.
     """
-    if {data, config.data} & DATASETS.keys() or Path(data).resolve() != Path(config.data).resolve():
+    if data in DATASETS:
         return load(data, images=images, objects=objects, mnist=mnist)
-    scenes = load(data, objects=objects)
+    scenes, own = load(data, objects=objects), trained.config.data
+    used = (trained.training or {}).get("images")
+    if (used != scenes.digest()) if used else (
+        own in DATASETS or Path(data).resolve() != Path(own).resolve()
+    ):
+        return scenes[:images]
     return replace(split_held_out(scenes)[1][:images], name=f"{scenes.name}, held out")
 
 

@@ -176,17 +176,12 @@ def crops(x: Tensor, place: Tensor, side: int, image: Tensor) -> Tensor:
     return around.flatten()[index]
 
 
-def windows(places: Tensor, side: int, width: int) -> Tensor:
-    """A square window round each one-hot place, as a mask over places.
-
-    :param places: (..., D) one-hot. :param side: odd, pixels. :return: (..., D) float of 0 and 1.
-    """
-    size = places.shape[-1] // width, width
-    return window_masks(places.argmax(-1), side, size).to(places.dtype)
-
-
 def window_masks(place: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """The same of places (...) long on a canvas of size (H, W): (..., H * W)."""
+    """A square window round each place, as a mask over places.
+
+    :param place: (...) long. :param side: odd, pixels. :param size: (H, W), of the canvas.
+    :return: (..., H * W) float of 0 and 1.
+    """
     rows, columns = (torch.arange(length, device=place.device) for length in size)
     near_row = (rows - (place // size[1])[..., None]).abs() <= side // 2  # (..., H)
     near_column = (columns - (place % size[1])[..., None]).abs() <= side // 2  # (..., W)

@@ -18,9 +18,9 @@ from statistics import mean
 from pyro_scenes import cards, checkpoint
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.data import DATASETS, load, make
-from pyro_scenes.data.files import read_json, write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.files import read_json, write_json
 from pyro_scenes.models import SceneModel
 from pyro_scenes.report import CROWDED_LABEL
 
@@ -50,7 +50,16 @@ TRIED = {
     "discrete-air": "RUNS.md#discrete-air", "air": "RUNS.md#air",
     "conv-vae": "RUNS.md#the-convolutional-vae",
 }
-CROWDED = tuple(f"{n} objects" for n in OBJECTS)
+NOTES = (
+    "+- is the standard deviation over seeds; the error over images is the standard error of one"
+    " seed's bound, and of how many images. mixture:K is p(z_app), N(0, I) in the paper: a mixture"
+    " of K, about one for each object that the data's are drawn from, fitted to training scenes."
+    " It takes nats off and counts nothing ([what it gains](RUNS.md#what-shipped)). Correspondence"
+    " gives each category a label of its own, wherever objects are; purity any, of objects matched"
+    " by place, so where there are more categories than labels it is purity that says how pure"
+    " they are. ARI is of the foreground. Seconds are of counts, places, categories and"
+    " segmentations, of the shipped weights on the machine that ran the suite."
+)
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,9 @@ def head(folder: Path) -> str:
 
 def _head(folder: Path, kept: Mapping[Path, dict]) -> str:
     headings = (
-        "data", "model", "seeds", "-log p(x) <=", "paper", "entropy", "count right", "paper",
-        CROWDED_LABEL, "correspondence", "paper", "ARI", "s / 1,000 images",
+        "data", "model", "seeds", "-log p(x) <=", "its error over images", "paper", "entropy",
+        "count right", "paper", CROWDED_LABEL, "correspondence", "paper", "purity", "ARI",
+        "s / 1,000 images",
     )
     rows = []
     for name, content in _contents().items():
@@ -171,14 +181,20 @@ def _head(folder: Path, kept: Mapping[Path, dict]) -> str:
         paper = PAPERS.get((model, data), {})
         measured = kept.get(Cell(name, data, DATASETS[data].objects).file(folder), {})
         rows.append((
-            data, f"[{model}](pyro_scenes/checkpoints/{name}.md)", str(len(runs)),
-            cards.bound(figures), paper.get("nll", "-"), _entropy(measured),
-            cards.spread(figures, "count_accuracy", 4), paper.get("count", "-"),
-            cards.spread(crowded, "count_accuracy", 4),
-            cards.spread(figures, "category_correspondence", 4), paper.get("correspondence", "-"),
-            _number(measured, "ari", 3), _number(measured, "seconds_per_1000", 1),
+            data, f"[{model}](pyro_scenes/checkpoints/{name}.md){_prior(settings)}", str(len(runs)),
+            cards.bound(figures), cards.images_error(figures), paper.get("nll", "-"),
+            _entropy(measured), cards.spread(figures, "count_accuracy", 4), paper.get("count", "-"),
+            cards.spread(crowded, "count_accuracy", 4), cards.correspondence(content, figures),
+            paper.get("correspondence", "-"), cards.spread(figures, "purity", 4),
+            cards.spread(figures, "ari", 3), _number(measured, "seconds_per_1000", 1),
         ))
-    return "\n".join(_table(headings, sorted(rows)))
+    return "\n".join(cards.table_lines(headings, sorted(rows), keep=0)) + "\n\n" + NOTES
+
+
+def _prior(settings: Mapping) -> str:
+    """The prior of appearances, where a training had another one than the paper."""
+    prior = settings["net"].get("appearance_prior", "normal")
+    return "" if prior == "normal" else f", {prior}"
 
 
 def page(folder: Path) -> str:
@@ -187,44 +203,44 @@ def page(folder: Path) -> str:
     lines = [
         "# Results", "",
         "Written by `bin/svi-eval --suite`; every figure is measured on held-out scenes. In this"
-        " table figures are means over the seeds that the cards list, with their standard"
-        " deviations. -log p(x) is an importance-weighted bound in nats an image, under the"
-        " likelihood beside it: those of different names do not compare. The entropy of the data"
-        " is its limit. Entropy, seconds and the ARI of the foreground are of the shipped weights"
-        " and of fewer scenes, see below; seconds are of counts, places, categories and"
-        " segmentations, on the machine that ran the suite.", "",
+        " table figures are means over the seeds that the cards list. -log p(x) is an"
+        " importance-weighted bound in nats an image, under the likelihood beside it: those of"
+        " different names do not compare, and of grey images there is none under a Bernoulli"
+        " likelihood. The entropy of the data is its limit.", "",
         _head(folder, kept), "", *_short(),
     ]
     headings = (
-        "checkpoint", "-log p(x) <=", "entropy", "count right", *CROWDED, "correspondence",
-        "purity", "ARI", "s / 1,000 images",
+        "checkpoint", "-log p(x) <=", "entropy", "count right",
+        *(f"{n} objects" for n in OBJECTS), "correspondence", "purity", "ARI", "s / 1,000 images",
     )
+    contents = _contents()
     for data, spec in DATASETS.items():
-        rows, asked = [], defaultdict(list)
-        for name, content in _contents().items():
+        rows, asked, crowds = [], defaultdict(list), False
+        for name, content in contents.items():
             own = kept.get(Cell(name, data, spec.objects).file(folder))
             if not own:
                 continue
-            asked[tuple(own["asked"])].append(name)
             trained_on = content["settings"]["data"]
             label = name if trained_on == data else f"{name} (trained on {trained_on})"
-            if "error" in own:
-                rows.append((label, own["error"], *["-"] * (len(headings) - 2)))
-                continue
             crowded = [kept.get(Cell(name, data, (n, n)).file(folder), {}) for n in OBJECTS]
-            rows.append((
-                label, _bound(own), _entropy(own), _number(own, "count_accuracy", 4),
+            row = (
+                own.get("error") or _bound(own), _entropy(own), _number(own, "count_accuracy", 4),
                 *(_number(cell, "count_accuracy", 4) for cell in crowded),
                 *(_number(own, key, 4) for key in ("category_correspondence", "purity")),
                 _number(own, "ari", 3), _number(own, "seconds_per_1000", 1),
-            ))
+            )
+            if set(row) == {"-"}:
+                continue  # nothing applies, as to a model without objects of grey images
+            asked[tuple(own["asked"])].append(name)
+            crowds |= any(crowded)
+            rows.append((label, *row))
         if rows:
-            lines += ["", f"## {data}", "", _amounts(spec.objects, asked), ""]
-            lines += _table(headings, rows)
+            lines += ["", f"## {data}", "", _amounts(spec.objects, asked, crowds), ""]
+            lines += cards.table_lines(headings, rows, keep=1)
     lines += ["", "## Where the nats go", "", "Parts of the bound of one sample, in nats an image,"
               " and how many samples of the importance weights count.", ""]
     rows = []
-    for name, content in _contents().items():
+    for name, content in contents.items():
         data = content["settings"]["data"]
         own = kept.get(Cell(name, data, DATASETS[data].objects).file(folder), {})
         if own.get("split"):
@@ -232,7 +248,8 @@ def page(folder: Path) -> str:
             curve = ", ".join(f"{point['nll']:.1f}" for point in own["curve"])
             sizes = ", ".join(f"{point['particles']:,}" for point in own["curve"])
             rows.append((name, parts, f"{curve} (K = {sizes})", _number(own["ess"], "mean", 1)))
-    lines += _table(("checkpoint", "parts", "bound by samples", "samples that count"), rows)
+    headings = "checkpoint", "parts", "bound by samples", "samples that count"
+    lines += cards.table_lines(headings, rows)
     return "\n".join(lines) + "\n"
 
 
@@ -254,18 +271,10 @@ def _short() -> list[str]:
             " lead to what was tried."]
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, without the columns that apply to no row."""
-    used = [i for i in range(len(headings)) if any(row[i] != "-" for row in rows)]
-    return cards.table_lines(
-        [headings[i] for i in used], [[row[i] for i in used] for row in rows]
-    )
-
-
 def _contents() -> dict[str, dict]:
     """What the cards of all shipped checkpoints were made from, by name."""
     return {
-        name: read_json(path.with_suffix(".json"), ("name", "runs"))
+        name: cards.content_of(path.with_suffix(".json"))
         for name, path in checkpoint.shipped().items()
     }
 
@@ -286,15 +295,19 @@ def _kept(folder: Path) -> dict[Path, dict]:
     return kept
 
 
-def _amounts(objects: tuple[int, int], asked: Mapping[tuple, Sequence[str]]) -> str:
+def _amounts(
+    objects: tuple[int, int], asked: Mapping[tuple, Sequence[str]], crowds: bool
+) -> str:
     """How much was measured.
 
     :param asked: images, those with a likelihood and particles -> checkpoints measured so.
+    :param crowds: whether crowded scenes were too.
     """
     low, high = objects
     of = [
-        f"{images:,} scenes of {low} to {high} objects, and as many of each crowded kind; -log p(x)"
-        f" of {nll_images:,} with {particles:,} importance samples"
+        f"{images:,} scenes of {low} to {high} objects"
+        + (", and as many of each crowded kind" if crowds else "")
+        + f"; -log p(x) of {nll_images:,} with {particles:,} importance samples"
         + (f" ({', '.join(names)})" if len(asked) > 1 else "")
         for (images, nll_images, particles), names in asked.items()
     ]
@@ -315,5 +328,4 @@ def _entropy(figures: dict) -> str:
 
 
 def _number(figures: dict, key: str, digits: int) -> str:
-    value = figures.get(key)
-    return "-" if value is None else f"{value:.{digits}f}"
+    return cards.number(figures.get(key), digits)

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from pyro_scenes import cards, checkpoint, report, training
-from pyro_scenes.config import RunConfig, make_config
-from pyro_scenes.data.files import read_json, write_json
+from pyro_scenes.config import RunConfig, find, make_config, spelled
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.files import read_json, write_json
 from pyro_scenes.limits import LAST_SEED
 
 FIGURES, LOG = "figures.json", "log.txt"
@@ -121,12 +121,12 @@ def cells(
     :raises UserError: for settings that are none.
     """
     axes: dict[str, list[str]] = {}
+    usual = make_config(common["model"], common["data"], common["preset"])
     for axis in grid:
         name, equals, text = axis.partition("=")
-        part, dot, bare = name.partition(".")
-        if not equals or not text or (dot and part not in RunConfig.parts):
+        if not equals or not text:
             raise UserError(f"an axis of the grid is like learning_rate=1e-3,2e-3, not {axis!r}")
-        name = bare if dot else name
+        name = spelled(usual, *find(usual, name))
         values = text.split(";" if ";" in text else ",")
         if name in axes or len(set(values)) < len(values):
             raise UserError(f"the grid has {name}, or a value of it, twice")
@@ -150,7 +150,7 @@ def run_cell(cell: Cell) -> None:
     config = cell.config()
     training.train(config, out, resume=True, device=cell.device, mnist=mnist, progress=False)
     trained = checkpoint.load(out, cell.device)
-    _, data = next(iter(report.held_out(trained.model, cell.data, cell.images, mnist).items()))
+    data = report.unseen(trained, cell.data, cell.images, None, mnist)
     figures = evaluate(
         trained.model, data, particles=cell.particles, limit=math.inf, progress=False
     )
@@ -345,10 +345,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{met['steps']:,.0f} steps, {met['seconds']:,.0f} s{few}" if met else "-"
             )
         rows.append(row)
-    used = [i for i in range(len(headings)) if i < 2 or any(row[i] != "-" for row in rows)]
-    lines = cards.table_lines(
-        [headings[i] for i in used], [[row[i] for i in used] for row in rows]
-    )
+    lines = cards.table_lines(headings, rows, keep=2)
     for entry in result["settings"]:
         for row in entry["seeds"]:
             if row["error"]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pyro_scenes import limits, pickles
-from pyro_scenes.data.files import open_zip, read_entry
+from pyro_scenes.files import open_zip, read_entry
 
 REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 # Bytes of an element in each kind of storage.

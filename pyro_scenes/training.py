@@ -31,11 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pyro_scenes import checkpoint, distributed
-from pyro_scenes.config import RunConfig, TrainConfig
+from pyro_scenes.config import RunConfig
 from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
-from pyro_scenes.data.files import alone_in, read_json, remove_unfinished, write_json
 from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.evaluate import look
+from pyro_scenes.files import alone_in, read_json, remove_unfinished, write_json
 from pyro_scenes.machine import described
 from pyro_scenes.objectives import objective, temporarily
 
@@ -116,9 +116,8 @@ class Run:
     def __init__(self, config: RunConfig, device: str = "auto", mnist: Path | None = None):
         self.config = config
         settings = config.train
-        _check(settings)
         self.device = checkpoint.resolve(device)
-        self.data, self.held_out = _data(config, mnist)
+        self.data, self.held_out, self.images = _data(config, mnist)
         if settings.batch_size > len(self.data):
             raise UserError(
                 f"batch_size {settings.batch_size} is more than the {len(self.data)} images there"
@@ -290,6 +289,7 @@ class Run:
             "seconds": self.seconds,
             "machine": self.machine,
             "history": self.history,
+            "images": self.images,
         }
         if not out.is_dir():  # removed, and with it the lock: it is not made anew
             missing = errno.ENOENT
@@ -361,26 +361,20 @@ def _resumable(path: Path, config: RunConfig) -> dict:
     return content
 
 
-def _data(config: RunConfig, mnist: Path | None) -> tuple[SceneData, SceneData]:
-    """Training and held-out images."""
+def _data(config: RunConfig, mnist: Path | None) -> tuple[SceneData, SceneData, str | None]:
+    """Training and held-out images, and the digest of all of a file's."""
     if config.data in DATASETS:
         # Not of the test set: looks during a training may guide whoever watches it.
         held_out = make(
             config.data, config.train.eval_images, seed=1, mnist=mnist, segmentation=False
         )
-        return load(config.data, split="train", mnist=mnist), held_out
-    return split_held_out(load(config.data))
-
-
-def _check(settings: TrainConfig) -> None:
-    if settings.optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)}")
+        return load(config.data, split="train", mnist=mnist), held_out, None
+    scenes = load(config.data)
+    return *split_held_out(scenes), scenes.digest()
 
 
 def _bfloat16(precision: str, device: torch.device) -> bool:
     """Whether the inference networks run in bfloat16: where the processor gains from it."""
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise UserError("precision must be auto, float32 or bfloat16")
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

@@ -38,8 +38,8 @@ from PIL import Image
 from pyro_scenes import checkpoint, limits
 from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import load_npz, load_pngs, load_pyro_mnist, mnist
-from pyro_scenes.data.files import parse_json, read_json
 from pyro_scenes.errors import UserError
+from pyro_scenes.files import parse_json, read_json
 from pyro_scenes.models import MODELS
 from pyro_scenes.training import train
 
@@ -382,7 +382,7 @@ def in_use() -> int:
 # Modules whose branches libFuzzer is told of: all would be torch's, for minutes.
 WATCHED = (
     "pyro_scenes.config", "pyro_scenes.checkpoint", "pyro_scenes.pickles", "pyro_scenes.tensors",
-    "pyro_scenes.data.files", "pyro_scenes.data.mnist", "pyro_scenes.data.npz",
+    "pyro_scenes.files", "pyro_scenes.data.mnist", "pyro_scenes.data.npz",
     "pyro_scenes.data.png", "pyro_scenes.data.pyro_mnist", "zipfile", "json.decoder",
     "PIL.PngImagePlugin", "PIL.ImageFile", "numpy.lib._format_impl",
 )

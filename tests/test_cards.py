@@ -279,6 +279,33 @@ def test_shipped_cards_and_the_readme_say_what_the_figures_say() -> None:
     assert cards.table() in (Path(__file__).parent.parent / "README.md").read_text()
 
 
+def test_a_bound_has_both_of_its_errors() -> None:
+    """Over seeds, and over the images of one, of which there may be few."""
+    figures = [{"nll": nll, "nll_stderr": error, "nll_images": 1200, "likelihood": "bernoulli"}
+               for nll, error in ((70.0, 3.0), (72.0, 5.0))]
+    assert cards.bound(figures) == "71.0 +- 1.4 (bernoulli)"
+    assert cards.images_error(figures) == "4.0 of 1,200"
+    assert cards.images_error([{"nll": None, "nll_stderr": None}]) == "-"
+
+
+@pytest.mark.parametrize("classes,said", [(3, "0.4500 +- 0.0707"),
+                                          (5, "0.4500 +- 0.0707 (5 categories for 3)")])
+def test_more_categories_than_labels_are_said(classes: int, said: str) -> None:
+    content = {"settings": {"data": "multi-dsprites", "net": {"classes": classes}}}
+    figures = [{"category_correspondence": value} for value in (0.4, 0.5)]
+    assert cards.correspondence(content, figures) == said
+    assert cards.correspondence(content, [{"category_correspondence": None}]) == "-"
+
+
+@pytest.mark.parametrize("machines,said", [
+    (["cpu, torch 2, 2 processes"] * 2, "torchrun --nproc-per-node 2 "),
+    (["cpu, torch 2", "cpu, torch 2"], ""),
+    (["cpu, torch 2, 2 processes", "cpu, torch 2, 4 processes"], ""),  # no one command
+])
+def test_a_command_begins_with_its_processes(machines: list[str], said: str) -> None:
+    assert cards._launcher([{"machine": machine} for machine in machines]) == said
+
+
 @pytest.mark.parametrize("name", sorted(checkpoint.shipped()))
 def test_what_ships_is_as_good_as_its_card_says(name: str, request) -> None:
     """The first of the test scenes that the card is of: weights and code belong together."""

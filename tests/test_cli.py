@@ -95,7 +95,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         np.savez("data.npz", **scenes(24))
-        np.savez("test.npz", **scenes(24))
+        upside_down = scenes(24) | {"images": scenes(24)["images"][:, ::-1]}
+        np.savez("test.npz", **upside_down)  # others than those of the training
         np.savez("bare.npz", images=scenes(24)["images"])
         succeeded(f"{TRAIN} --out run")
         # Every local maximum counts as an object: there is always one.
@@ -343,10 +344,16 @@ def test_graphs_of_a_folder_are_all_there_or_none(folder: Path, monkeypatch) -> 
 def test_images_that_a_run_was_trained_on_are_not_measured(folder: Path) -> None:
     line = "--particles 2 --max-objects 99 --json new.json"
     Path("elsewhere").mkdir()
-    for data in ("data.npz", "elsewhere/../data.npz"):  # its last 5% is held out: one of 24
+    shutil.copy("data.npz", "elsewhere/copied.npz")
+    copied = "elsewhere/copied.npz"
+    for data in ("data.npz", "elsewhere/../data.npz", copied):  # its last 5% is held out: 1 of 24
         succeeded(f"svi-eval run --data {data} {line} --force")
         figures = json.loads(Path("new.json").read_text())
-        assert (figures["data"], figures["images"]) == ("data.npz, held out", 1)
+        assert (figures["data"], figures["images"]) == (f"{Path(data).name}, held out", 1)
+    shutil.copy("test.npz", "data.npz")  # other images of the name that the run's had
+    succeeded(f"svi-eval run --data data.npz {line} --force")
+    figures = json.loads(Path("new.json").read_text())
+    assert (figures["data"], figures["images"]) == ("data.npz", 24)
     succeeded(f"svi-eval run --data test.npz {line} --force")
     figures = json.loads(Path("new.json").read_text())
     assert (figures["data"], figures["images"]) == ("test.npz", 24)

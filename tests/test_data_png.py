@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pyro_scenes.data import load_pngs
+from pyro_scenes.data import load, load_pngs
 from pyro_scenes.errors import UserError
 
 GREY = np.arange(20, dtype=np.uint8).reshape(4, 5) * 12
@@ -67,6 +67,20 @@ def test_refusals_are_one_line(tmp_path):
     wide = save(tmp_path / "wide.png", np.zeros((32, 48, 3), np.uint8))
     with pytest.raises(UserError, match="wide.png is 32 x 48 and .*whole.png is 64 x 64 pixels"):
         load_pngs([whole, wide], 3)
+
+
+def test_a_folder_is_data(tmp_path):
+    """In order of name; grey where no pixel has a colour."""
+    pixels = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8)
+    for name, image in zip("ba", pixels, strict=True):
+        save(tmp_path / f"{name}.png", image)
+    found = load(tmp_path)
+    assert (found.name, found.shape, len(found)) == (tmp_path.name, (8, 8, 1), 2)
+    assert (found.images()[..., 0] == pixels[::-1]).all()
+    assert (load(tmp_path, images=1).images()[0, ..., 0] == pixels[1]).all()
+    save(tmp_path / "c.png", np.zeros((8, 8, 3), np.uint8) + np.array([9, 9, 8], np.uint8))
+    coloured = load(tmp_path)
+    assert coloured.shape == (8, 8, 3) and coloured.images()[2, 0, 0].tolist() == [9, 9, 8]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pyro_scenes import checkpoint, cli
 from pyro_scenes.config import make_config
-from pyro_scenes.data.files import alone_in, atomic_write, write_json
 from pyro_scenes.errors import Terminated, UserError
+from pyro_scenes.files import alone_in, atomic_write, write_json
 from pyro_scenes.training import Run, train
 
 ROOT = Path(__file__).parent.parent

@@ -26,8 +26,8 @@ from PIL import Image
 from pyro_scenes import cards, checkpoint, cli, limits, tensors
 from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import load_npz, load_pngs, load_pyro_mnist, mnist
-from pyro_scenes.data.files import parse_json, read_json, write_json
 from pyro_scenes.errors import UserError, reason
+from pyro_scenes.files import parse_json, read_json, write_json
 from pyro_scenes.training import Run
 
 ROOT = Path(__file__).parent.parent
@@ -419,7 +419,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [
     {"format": 3}, {"config": 3}, {"config": "{"}, {"config": "[]"}, {"config": "[" * 10**5},
     {"image_shape": [3, 8]}, {"image_shape": [1, 8, 8.0]}, {"image_shape": [0, 8, 8]},
-    {"image_shape": [1, -8, 8]}, {"image_shape": "abc"}, {"step": "three"}, {"model": [1]},
+    {"image_shape": [1, -8, 8]}, {"image_shape": "abc"}, {"step": "three"}, {"step": -1},
+    {"step": True}, {"step": 2**60}, {"model": [1]},
     {"model": {}}, {"model": {3: torch.zeros(1)}}, {"training": {}}, {"training": [1]},
     {"config": asking(("net", "grid_width", "wide"))},
     {"config": asking(("net", "grid_width", -8))},

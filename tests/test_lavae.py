@@ -428,6 +428,14 @@ def test_even_sides_are_refused(name) -> None:
         LAVAE(replace(CONFIG, **even), SHAPE)
 
 
+def test_paper_sprites_need_room_for_z_app() -> None:
+    """f_sprite's residual blocks have sprite_width channels, of which z_app takes L."""
+    few = LAVAEConfig(networks="paper", latent=48, sprite_width=48)
+    with pytest.raises(UserError, match="sprite_width must be more than latent"):
+        LAVAE(few, (1, 16, 16))
+    LAVAE(replace(few, latent=47), (1, 16, 16))
+
+
 def test_unsuitable_settings_and_sizes_are_refused() -> None:
     with pytest.raises(UserError, match="networks must be"):
         LAVAE(replace(CONFIG, networks="slow"), SHAPE)

@@ -8,8 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pyro_scenes"
 # What a file or a folder of the package is called, and how high it lies.
 LAYERS = {
-    "errors": -1, "machine": 0, "scene": 0, "spatial": 0, "affine": 0, "distributions": 0,
-    "limits": 0, "pickles": 0, "distributed": 0,
+    "errors": -2, "limits": -1,
+    "machine": 0, "scene": 0, "spatial": 0, "affine": 0, "distributions": 0, "files": 0,
+    "pickles": 0, "distributed": 0,
     "nets": 1, "priors": 1, "likelihoods": 1, "metrics": 1, "plots": 1, "graph": 1,
     "attention": 1,
     "data": 1,

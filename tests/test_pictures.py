@@ -16,6 +16,7 @@ from pyro_scenes.models.air import AIR, AIRConfig
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.discrete_air import DiscreteAIR, DiscreteAIRConfig
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
+from pyro_scenes.pictures import changed as changing
 from pyro_scenes.scene import Scene
 
 SHAPE = (1, 16, 16)
@@ -199,7 +200,7 @@ def test_templates_are_the_models(made: dict) -> None:
     pictures.templates(model, images(2))
     (rows, labels, headings), _ = made["traversal_figure"]
     assert labels == [f"category {k}, attribute {i}" for k in range(3) for i in range(2)]
-    assert headings == ["-2", "-1.5", "-1", "-0.5", "0", "0.5", "1", "1.5", "2"]
+    assert headings == [f"attribute {value}" for value in (-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)]
     for row, (kind, attribute) in zip(rows, ((k, i) for k in range(3) for i in range(2))):
         what = torch.zeros(9, 2)
         what[:, attribute] = torch.linspace(-2, 2, 9)
@@ -213,33 +214,44 @@ def test_templates_are_the_models(made: dict) -> None:
     assert named == {"headings": ["category 0", "category 1", "category 2"]}
 
 
-def test_a_traversal_moves_scales_turns_and_changes(model: SceneModel, made: dict) -> None:
+def test_a_traversal_moves_scales_turns_and_changes(
+    model: SceneModel, made: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changing, "VISIBLE", 0.0)  # models are not trained
     x = images(4)
     pictures.traversal(model, x, math.inf)
-    (rows, labels), _ = made["traversal_figure"]
-    poses = ["scale"] * (not isinstance(model, LAVAE)) + ["angle"] * isinstance(model, DiscreteAIR)
-    assert labels[:2 + len(poses)] == ["x", "y", *poses]
+    (drawn, labels, headings, outlined), _ = made["traversal_figure"]
+    inferred, rows = drawn[:, 0], drawn[:, 1:]
+    assert headings == ["inferred", *[""] * 9] and rows.shape[1] == 9
+    places = ["x, 2.5 to 14.5 px", "y, 2.5 to 14.5 px"]
+    poses = ["scaled, 0.5 to 2 times"] * (not isinstance(model, LAVAE))
+    poses += ["turned, -90 to 90°"] * isinstance(model, DiscreteAIR)
+    assert labels[:2 + len(poses)] == places + poses
     name = "attribute" if isinstance(model, DiscreteAIR) else "appearance"
     config = model.config
     changed = min(6, config.attributes if isinstance(model, DiscreteAIR) else config.latent)
     assert sorted(label.split()[0] for label in labels[2 + len(poses):]) == [name] * changed
+    assert all(label.endswith(", -2.5 to 2.5") for label in labels[2 + len(poses):])
     scene = model.infer(x, math.inf)
     first = int(scene.counts.nonzero()[0])
     whole = model.render(scene)[first]
+    torch.testing.assert_close(inferred, whole.expand_as(inferred))
     # Half way the object is as it was.
     for label in poses:
         torch.testing.assert_close(rows[labels.index(label), 4], whole)
     assert all((row[0] != row[-1]).any() for row in rows)
     slot = int(scene.present[first].int().argmax())
-    for label in ("x", "y", *poses):
+    assert outlined.present.nonzero().tolist() == [[0, slot]]
+    torch.testing.assert_close(outlined.boxes[0, slot], scene.boxes[first, slot])
+    for label in places + poses:
         for end, sign, stop in ((0, -1, 2.5), (-1, 1, 14.5)):
             where, pose = scene.where.clone(), scene.pose
-            if label in ("x", "y"):
-                where[first, slot, "xy".index(label)] = stop
+            if label in places:
+                where[first, slot, places.index(label)] = stop
             else:
                 pose = pose.clone()
-                pose[first, slot, :2] *= 2.0**sign if label == "scale" else 1.0
-                pose[first, slot, 2] += sign * math.pi / 2 if label == "angle" else 0.0
+                pose[first, slot, :2] *= 2.0**sign if label.startswith("scaled") else 1.0
+                pose[first, slot, 2] += sign * math.pi / 2 if label.startswith("turned") else 0.0
             drawn = model.render(replace(scene, where=where, pose=pose))[first]
             torch.testing.assert_close(rows[labels.index(label), end], drawn)
 
@@ -249,11 +261,30 @@ def test_a_traversal_moves_along_x_and_then_along_y(made: dict) -> None:
     model = Given(scene_of([], [(3.5, 4.5), (15.5, 0.5)]))
     model.image_shape = (1, 8, 16)
     pictures.traversal(model, torch.zeros(2, *model.image_shape))
-    (rows, labels), _ = made["traversal_figure"]
-    assert labels == ["x", "y"] and (rows[:, :, 0, 0, 15] == 0.2).all()
+    (rows, labels, _, outlined), _ = made["traversal_figure"]
+    assert labels == ["x, 2.5 to 14.5 px", "y, 1.5 to 7.5 px"]
+    assert (rows[:, :, 0, 0, 15] == 0.2).all()
     places = [[picture[0].nonzero().tolist() for picture in (row == 0.1)] for row in rows]
+    assert [row.pop(0) for row in places] == [[[4, 3]]] * 2  # as it was found
+    assert outlined.boxes[outlined.present].tolist() == [[3.5, 4.5, 4, 2]]
     assert places[0] == [[[4, column]] for column in (2, 3, 5, 6, 8, 9, 11, 12, 14)]
     assert places[1] == [[[line, 3]] for line in (1, 1, 2, 3, 4, 4, 5, 6, 7)]
+
+
+def test_a_traversal_skips_appearance_that_does_not_show(made: dict) -> None:
+    """Dimension 0 changes all pixels by too little each; 1 to 8 one pixel each, ever less."""
+    weight = torch.zeros(9, 256)
+    weight[0] = 0.9 * changing.VISIBLE / 5
+    weight[1:].fill_diagonal_(1).mul_(torch.linspace(0.1, 0.05, 8)[:, None])
+    model = Given(scene_of([(8, 8)], what=torch.zeros(1, 1, 9)))
+    model.render = lambda scene: (0.5 + scene.what[:, 0] @ weight).unflatten(-1, SHAPE)
+    pictures.traversal(model, images(1))
+    (_, labels, *_), _ = made["traversal_figure"]
+    assert labels[2:] == [f"appearance {i}, -2.5 to 2.5" for i in range(1, 7)]
+    weight[3:] = 0.0
+    pictures.traversal(model, images(1))
+    (_, labels, *_), _ = made["traversal_figure"]
+    assert labels[2:] == ["appearance 1, -2.5 to 2.5", "appearance 2, -2.5 to 2.5"]
 
 
 def test_a_swap_exchanges_categories_and_attributes(made: dict) -> None:

@@ -8,15 +8,18 @@ import torch
 from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from pyro_scenes import plots
 from pyro_scenes.errors import UserError
+from pyro_scenes.plots.scenes import colour as colour_of
+from pyro_scenes.plots.scenes import colours_of
 from pyro_scenes.scene import Scene
 
 RED = (255, 0, 0)
 FIRST, SECOND = (
-    tuple(round(255 * c) for c in colors.to_rgb(colour)) for colour in plots.OBJECTS[:2]
+    tuple(round(255 * c) for c in colors.to_rgb(colour)) for colour in plots.PALETTE[:2]
 )
 
 
@@ -124,13 +127,27 @@ def test_boxes_and_sprites_have_the_colour_of_their_category(tmp_path):
     black, sprites = np.zeros((1, 1, 64, 64), np.float32), np.zeros((1, 12, 1, 17, 17), np.float32)
     scenes = scene_of([(20, 30, 10, 8), (50, 50, 6, 12), (40, 12, 8, 8)])
     kind = torch.full((1, 12), -1)
-    kind[0, :3] = torch.tensor([1, 10, 1])    # 10 is as 0: colours come again
+    kind[0, :3] = torch.tensor([1, 0, 1])
     figure = plots.inference_figure(black, black, replace(scenes, kind=kind), sprites)
     page = read(figure, tmp_path)
     colours = [colors.to_hex(patch.get_edgecolor()) for patch in figure.axes[1].patches]
-    assert colours == [plots.OBJECTS[i] for i in (1, 0, 1)]
+    assert colours == [plots.PALETTE[i] for i in (1, 0, 1)]
     for axes, colour in zip(figure.axes[3:], (SECOND, FIRST, SECOND)):
         assert has(panel(page, axes), colour)
+
+
+def test_a_category_has_one_colour_that_no_other_has():
+    scenes = scene_of([(5, 5, 2, 2)] * 100, [(5, 5, 2, 2)], slots=100)
+    kind = torch.full((2, 100), -1)
+    kind[0], kind[1, 0] = torch.arange(100), 20
+    (every, few) = colours_of(replace(scenes, kind=kind))
+    assert every[:10] == list(plots.PALETTE) and len(set(every)) == 100
+    assert few == [every[20]]                  # whatever else is there
+    assert every == colours_of(scenes)[0]      # without categories, those of the objects in turn
+    # The categories of a model of shapes in seven colours can be told apart.
+    shown = np.array([colors.to_rgb(colour) for colour in every[:21]])
+    apart = np.linalg.norm(shown[:, None] - shown, axis=-1)
+    assert apart[~np.eye(21, dtype=bool)].min() > 0.1
 
 
 def test_an_object_without_a_box_is_counted_but_not_outlined(tmp_path):
@@ -160,7 +177,7 @@ def test_inference_of_any_number_of_images_and_objects_fits_the_page(channels, c
     scenes = scene_of(*([(10 + i, 20, 8, 8) for i in range(n)] for n in counts))
     images = torch.zeros(len(counts), channels, 64, 64)
     sprites = torch.ones(len(counts), 12, channels, 17, 17)
-    figure = plots.inference_figure(images, images, scenes, sprites, title="A title")
+    figure = plots.inference_figure(images, images, scenes, sprites)
     page = read(figure, tmp_path)
     assert len(figure.axes) == 3 * len(counts) + sum(counts)
     taken = np.zeros(page.shape[:2], int)
@@ -239,14 +256,26 @@ def test_traversal_rows_and_labels(tmp_path):
 
 def test_columns_of_a_traversal_have_headings():
     rows, headings = pictures(6).reshape(2, 3, 3, 64, 64), ["-2", "0", "2"]
-    figure = plots.traversal_figure(rows, ["a", "b"], headings, title="A title")
+    figure = plots.traversal_figure(rows, ["a", "b"], headings)
     texts = {text.get_text(): text.get_window_extent() for text in figure.texts}
     for heading, axes in zip(headings, figure.axes):
         above, image = texts[heading], axes.get_window_extent()
-        assert image.y1 < above.y0 < above.y1 < texts["A title"].y0
+        assert image.y1 < above.y0 < above.y1 < figure.bbox.height
         assert image.x0 < above.x0 < above.x1 < image.x1
     with pytest.raises(ValueError, match="3 columns"):
         plots.traversal_figure(rows, headings=["-2", "2"])
+
+
+def test_objects_are_outlined_in_the_first_column_of_a_traversal(tmp_path):
+    rows = np.zeros((2, 3, 3, 64, 64), np.float32)
+    scene = scene_of([(20, 30, 10, 8), (50, 50, 6, 12)])
+    scene.present[0, 0] = False
+    figure = plots.traversal_figure(rows, outlined=replace(scene, kind=torch.ones(1, 12).long()))
+    page = read(figure, tmp_path)
+    for i, axes in enumerate(figure.axes):
+        boxes = [box.get_bbox().bounds for box in axes.patches if isinstance(box, Rectangle)]
+        assert boxes == ([(47, 44, 6, 12)] if i % 3 == 0 else [])
+        assert has(panel(page, axes), SECOND) == (i % 3 == 0) and not axes.texts
 
 
 def tables(*counts):
@@ -260,7 +289,7 @@ def test_tables_stand_beside_their_images(tmp_path):
     scenes = scene_of(*([(5 + 5 * i, 20, 4, 8) for i in range(n)] for n in counts))
     images = pictures(4)
     figure = plots.tables_figure(
-        images, np.zeros_like(images), scenes, tables(*counts), tables(3, 0, 0, 66), "A title")
+        images, np.zeros_like(images), scenes, tables(*counts), tables(3, 0, 0, 66))
     page = read(figure, tmp_path)
     for image, axes in zip(images, figure.axes[::2]):
         assert_shows(page, axes, image)
@@ -277,7 +306,7 @@ def test_tables_stand_beside_their_images(tmp_path):
     assert said.count("none") == 3 and "and 54 more" in said and "nodes" in said
     # Rows are marked in the colours of their objects.
     marks = [text.get_color() for text in figure.texts if text.get_text() == "\u25a0"]
-    assert marks == [plots.OBJECTS[i % 10] for n in counts for i in range(n)]
+    assert marks == [colour_of(i) for n in counts for i in range(n)]
     boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
     boxes += [axes.get_window_extent() for axes in figure.axes]
     for i, box in enumerate(boxes):
@@ -379,6 +408,21 @@ def test_figures_leave_no_state_behind():
     assert plt.get_fignums() == []
 
 
+def test_panels_of_a_row_of_ranks_have_one_labelled_scale():
+    even, sure = (np.arange(120) + 0.5)[:, None] / 120, np.zeros((120, 1))
+    figure = plots.calibration_figure(
+        {"as trained": {"z": even, "w": sure}, "trained on": {"z": even, "w": even}})
+    (_, first, second), (_, third, fourth) = figure.axes[:3], figure.axes[3:]
+    assert [axes.get_ylabel() for axes in (first, second, third, fourth)] == [
+        "as trained\ndensity; 1 if calibrated", "", "trained on\ndensity; 1 if calibrated", ""]
+    assert first.get_ylim() == second.get_ylim() and first.get_ylim()[1] > 12
+    assert third.get_ylim() == fourth.get_ylim() and third.get_ylim()[1] < 12
+    plots.pixels(figure)
+    for axes in (first, second):               # numbers stand beside the first alone
+        numbers = [text for text in axes.get_yticklabels() if text.get_visible()]
+        assert bool(numbers) == (axes is first)
+
+
 def test_costs_have_a_line_for_each_canvas():
     points = [
         {"side": side, "objects": objects, "seconds_per_image": dict.fromkeys(
@@ -422,7 +466,7 @@ def test_save_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path.write_bytes(b"old")
 
     def half_written(target, **_):
-        target.write_bytes(b"half")
+        target.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure, "savefig", half_written)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.signal import convolve2d
 
 from pyro_scenes.distributions import one_hot
-from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, windows
+from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks
 
 # H, W, side of the sprite: H != W, odd sides, a sprite that is larger than the canvas.
 CANVASES = [(6, 6, 3), (5, 8, 3), (9, 4, 5), (7, 7, 1), (3, 5, 7), (1, 6, 3)]
@@ -200,7 +200,7 @@ def test_crops_are_slices_of_the_padded_image(height, width, side) -> None:
 @pytest.mark.parametrize("height, width", [(4, 4), (5, 8), (7, 3)])
 def test_windows(height, width, side) -> None:
     places = torch.eye(height * width).view(height * width, 1, -1)  # any leading dimensions
-    masks = windows(places, side, width)
+    masks = window_masks(places.argmax(-1), side, (height, width))
     assert masks.shape == places.shape
     for d in range(height * width):
         expected = [

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from pyro_scenes import cards, checkpoint, cli, suite
 from pyro_scenes.config import make_config
 from pyro_scenes.data import make
-from pyro_scenes.data.files import write_json
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.files import write_json
 from pyro_scenes.suite import Cell
 from pyro_scenes.training import train
 
@@ -105,15 +105,36 @@ def test_it_goes_on_where_it_stopped_and_measures_anew_what_changed() -> None:
 
 def test_the_page_shows_no_cell_of_other_weights_and_how_much_was_measured() -> None:
     run()
-    assert "6 scenes of 0 to 3 objects" in Path("RESULTS.md").read_text()
+    assert "6 scenes of 0 to 3 objects, and as many of each" in Path("RESULTS.md").read_text()
     own = Cell("tiny", "multi-dsprites", (0, 3)).file(Path("results"))
     cell = json.loads(own.read_text())
-    assert suite._number(cell, "ari", 3) in suite.head(Path("results"))
+    assert suite._number(cell, "ari", 3) in suite.page(Path("results"))
+    assert f"| {cards.spread(_figures(), 'ari', 3)} |" in suite.head(Path("results"))
     write_json(own, cell | {"weights": "others", "ari": 0.1234})
     assert "0.123" not in suite.page(Path("results"))
     assert "## multi-dsprites" not in suite.page(Path("results"))
-    amounts = suite._amounts((0, 3), {(6, 6, 2): ["one"], (9, 8, 2): ["two", "three"]})
+    amounts = suite._amounts((0, 3), {(6, 6, 2): ["one"], (9, 8, 2): ["two", "three"]},
+                             crowds=False)
     assert "6 scenes" in amounts and "(one)" in amounts and "(two, three)" in amounts
+    assert "crowded" not in amounts
+
+
+@pytest.mark.parametrize("net,said", [
+    ({"appearance_prior": "mixture:7"}, ", mixture:7"), ({"appearance_prior": "normal"}, ""),
+    ({}, ""),
+])
+def test_the_head_says_where_a_prior_is_not_the_papers(net: dict, said: str) -> None:
+    assert suite._prior({"net": net}) == said
+    if said:
+        path = checkpoint.SHIPPED / "tiny.json"
+        content = json.loads(path.read_text())
+        content["settings"]["net"] |= net
+        try:
+            write_json(path, content)
+            assert f"tiny.md){said} |" in suite.head(Path("results"))
+        finally:
+            content["settings"]["net"]["appearance_prior"] = "normal"
+            write_json(path, content)
 
 
 def test_a_failure_is_kept_and_shown(monkeypatch) -> None:

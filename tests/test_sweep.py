@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from pyro_scenes import sweep
 from pyro_scenes.cli import sweep as command
-from pyro_scenes.data.files import write_json
 from pyro_scenes.errors import Terminated, UserError
+from pyro_scenes.files import write_json
 
 COMMON: dict[str, Any] = {
     "model": "conv-vae", "data": "multi-dsprites", "preset": "fast", "steps": 3, "settings": (),

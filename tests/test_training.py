@@ -418,6 +418,11 @@ def test_the_papers_sprites_and_rates(name: str, side: int, rate: float) -> None
         assert (found["rest"], found["prior"]) == pytest.approx((1e-3, 1e-3))
 
 
+def test_a_location_map_that_does_not_learn_has_no_rate() -> None:
+    rates, _ = objective(location_learning_rate=0.0, location_decay=10)
+    assert [rates.learning_rates(step)["location"] for step in (0, 5, 99)] == [0.0, 0.0, 0.0]
+
+
 def test_rates_reach_the_groups_that_they_name(data) -> None:
     trained = Run(configured(data, "location_learning_rate=0.0", "prior_learning_rate=0.5"), "cpu")
     before = copy.deepcopy(trained.model.state_dict())

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_scenes.distributions import USED, one_hot
 from pyro_scenes.models.lavae import LAVAE, NEAR, Encoded
 from pyro_scenes.priors import LearnedCount
-from pyro_scenes.spatial import crops, place_sprites, windows
+from pyro_scenes.spatial import crops, place_sprites, window_masks
 
 LOG_2_PI = math.log(2 * math.pi)
 
@@ -66,7 +66,7 @@ def draw(model: LAVAE, x: Tensor, encoded: Encoded, noise: Noise) -> tuple[Objec
     size = encoded.heights[0].numel()
     gamma = model.config.logit_scale * math.log(size)
     logits = gamma * encoded.heights.flatten(1)  # (B, D)
-    log_q, drawn = [], []
+    log_q, drawn, canvas = [], [], (x.shape[-2], x.shape[-1])
     count = _count(model, encoded).to(logits.dtype)
     for uniform in noise.places:
         log_b = logits.log_softmax(-1)
@@ -75,7 +75,7 @@ def draw(model: LAVAE, x: Tensor, encoded: Encoded, noise: Noise) -> tuple[Objec
         hard = one_hot(perturbed.detach().argmax(-1), size, soft.dtype)
         drawn.append(hard + (soft - soft.detach()))
         log_q.append((drawn[-1] * log_b).sum(-1))
-        near = windows(hard, model.config.blocked_window, x.shape[-1])
+        near = window_masks(hard.argmax(-1), model.config.blocked_window, canvas)
         logits = logits + USED * hard + NEAR * near
     if not drawn:
         nobody = torch.zeros(0, dtype=torch.long, device=x.device)
@@ -124,7 +124,7 @@ def log_joint(model: LAVAE, x: Tensor, objects: Objects) -> Tensor:
     last = slot == n[objects.image] - 1
     slopes = torch.where(last, (objects.presence - objects.presence.detach()) * gain, 0.0)
     if model.reach is not None:
-        near = windows(objects.places, 2 * model.reach + 1, width)
+        near = window_masks(objects.places.argmax(-1), 2 * model.reach + 1, (height, width))
         mass = (objects.places * near).sum(-1)
         slopes = slopes + (mass - mass.detach()) * (gain - math.log(height * width)).clamp(max=0)
     return (log_count + log_image).index_add(0, objects.image, log_objects + slopes)

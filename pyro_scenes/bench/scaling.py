@@ -19,6 +19,7 @@ import torch
 
 from pyro_scenes import bounds, checkpoint, distributed
 from pyro_scenes.bench.turns import spread
+from pyro_scenes.cards import table_lines
 from pyro_scenes.config import make_config
 from pyro_scenes.errors import UserError
 from pyro_scenes.machine import machine
@@ -27,6 +28,9 @@ from pyro_scenes.training import Run
 MODEL, DATA, BATCH = "lavae", "multi-dsprites", 64
 WARM = 5  # steps that do not count
 IMAGES, PARTICLES, CHUNK = 64, 20, 100  # of an evaluation
+# What links are taken to carry, bytes a second, and numbers of machines.
+RATES = {"gloo on one machine": 2e9, "10 Gbit Ethernet": 1e9, "NVLink": 2e11}
+MANY = (2, 8)
 
 
 def run(device: str, steps: int, most: int | None = None) -> dict:
@@ -111,26 +115,44 @@ def _settled(device: torch.device) -> None:
 
 
 def table(result: dict) -> str:
-    """The same as a Markdown table, with the machine above it."""
+    """The same as Markdown tables, with the machine above them: measured, then reckoned."""
     one = result["rows"][0]
     about = "{processor}, {cores} cores, {device}, torch {torch}".format(**result["machine"])
-    lines = [
-        f"{about}; LAVAE's fast preset on {DATA}, {result['batch']} images a step in all,"
-        f" medians of {result['steps']} steps. A gradient has {one['gradient'] / 1e6:.1f} MB; an"
-        f" evaluation is of {PARTICLES} particles an image.", "",
-        "| processes | threads each | ms a step | times as fast | exchange of gradients, ms |"
-        " ms an image evaluated | times as fast |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    headings = ("processes", "threads each", "ms a step", "times as fast",
+                "exchange of gradients, ms", "ms an image evaluated", "times as fast")
+    rows = []
     for row in result["rows"]:
         step, image = row["step"]["median"], row["image"]
         exchange = f"{1e3 * row['exchange']['median']:.1f}" if row["processes"] > 1 else "-"
-        lines.append(
-            f"| {row['processes']} | {row['threads']} | {1e3 * step:.0f} |"
-            f" {one['step']['median'] / step:.2f} | {exchange} | {1e3 * image:.0f} |"
-            f" {one['image'] / image:.2f} |"
-        )
-    return "\n".join(lines)
+        rows.append((
+            str(row["processes"]), str(row["threads"]), f"{1e3 * step:.0f}",
+            f"{one['step']['median'] / step:.2f}", exchange, f"{1e3 * image:.0f}",
+            f"{one['image'] / image:.2f}",
+        ))
+    # Processes of machines as this one, a process each, in the fastest way that it has.
+    links = ("link", *(f"exchange of {n}, ms" for n in MANY),
+             *(f"{n}: times as fast" for n in MANY))
+    alone = min(row["step"]["median"] for row in result["rows"])
+    reckoned = [
+        (f"{name}, {1e-9 * rate:g} GB/s", *(f"{1e3 * _exchange(n, rate, one):.2f}" for n in MANY),
+         *(f"{alone / (alone / n + _exchange(n, rate, one)):.1f}" for n in MANY))
+        for name, rate in RATES.items()
+    ]
+    return "\n".join([
+        f"{about}; LAVAE's fast preset on {DATA}, {result['batch']} images a step in all,"
+        f" medians of {result['steps']} steps of the warm-up, which are dearer than those after it."
+        f" A gradient has {one['gradient'] / 1e6:.1f} MB; an evaluation is of {PARTICLES} particles"
+        " an image.", "",
+        *table_lines(headings, rows), "",
+        "What follows for N machines such as this one, by the arithmetic below and at rates that"
+        " are assumed:", "",
+        *table_lines(links, reckoned),
+    ])
+
+
+def _exchange(machines: int, rate: float, row: dict) -> float:
+    """Seconds that a ring takes to exchange the gradients, at so many bytes a second."""
+    return 2 * (machines - 1) / machines * row["gradient"] / rate
 
 
 def main() -> None:

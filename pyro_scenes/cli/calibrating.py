@@ -45,7 +45,7 @@ def calibrate(checkpoint: str, scenes: int, draws: int, steps: int, figure: Path
     from pyro_scenes import calibration
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import plots, report
-    from pyro_scenes.data.files import write_json
+    from pyro_scenes.files import write_json
     from pyro_scenes.objectives import objective
 
     report.claim([out], [figure], force)

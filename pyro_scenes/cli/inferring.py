@@ -18,6 +18,7 @@ from pyro_scenes.cli.options import (
     seed_option,
     version_option,
 )
+from pyro_scenes.errors import UserError
 
 
 @click.command("svi-infer", cls=Command)
@@ -75,8 +76,9 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
     from pyro_scenes.data import SceneData, save_npz
     from pyro_scenes.evaluate import infer as find
 
-    # A folder of graphs replaces nothing.
-    report.claim([out], wanted.values(), force and graph != "graphml")
+    if graph == "graphml" and out and out.exists():  # whatever --force says
+        raise UserError(f"{out} exists: give the folder another name")
+    report.claim([out], wanted.values(), force)
     trained = checkpoints.load(checkpoint, device)
     model = trained.model
     if sample:

@@ -60,7 +60,7 @@ def make_scenes(name: str | None, images: int, objects: tuple[int, int] | None, 
         raise click.UsageError("--json goes with --entropy")
     from pyro_scenes import report
     from pyro_scenes.data import DATASETS, dataset, load_pyro_mnist, make, save_npz, scene_entropy
-    from pyro_scenes.data.files import write_json
+    from pyro_scenes.files import write_json
 
     if entropy:
         assert name is not None

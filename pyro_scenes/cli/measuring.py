@@ -70,7 +70,8 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
     if (whole_suite or list_them) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise click.UsageError("--suite and --list are for one process")
     if whole_suite:
-        if data or objects or max_objects is not None or priors or seed or out or curve or figures:
+        if data or objects or max_objects is not None or priors or seed or out or curve or figures \
+                or chunk_seeds or force or list_them:
             raise click.UsageError("--suite chooses the data, the seed and the files itself")
         images = images or 1000
         _suite(checkpoint, images, min(images, nll_images or 100), particles, chunk, device, mnist,
@@ -101,16 +102,16 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
     from pyro_scenes import bounds
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import distributed, pictures, plots, report, swaps
-    from pyro_scenes.data.files import write_json
     from pyro_scenes.errors import UserError
     from pyro_scenes.evaluate import evaluate as measure
+    from pyro_scenes.files import write_json
 
     trained = checkpoints.load(checkpoint, device)
     model = trained.model
     suited = pictures.applying(model) if figures else []
     drawings = {name: figures / f"{name}.png" for name in suited if figures}
     report.claim([out], [*drawings.values(), curve], force)
-    scenes = report.unseen(trained.config, data, images, objects, mnist)
+    scenes = report.unseen(trained, data, images, objects, mnist)
     if curve and not bounds.applies(model, scenes):
         raise UserError(f"no --curve: the images are grey, and a {model.likelihood.name} likelihood"
                         " is of binary ones")
@@ -144,8 +145,8 @@ def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
            chunk: int | None, device: str, mnist: Path | None, readme: Path | None) -> None:
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import report, suite
-    from pyro_scenes.data.files import atomic_write
     from pyro_scenes.errors import UserError
+    from pyro_scenes.files import atomic_write
 
     names = (checkpoint,) if checkpoint else tuple(checkpoints.shipped())
     if not set(names) <= checkpoints.shipped().keys():
@@ -184,7 +185,7 @@ def bench(quick: bool, out: Path | None, readme: Path | None, figure: Path | Non
         raise click.UsageError("--figure and --pyro-air do not go with --scaling")
     from pyro_scenes import bench as benchmarks
     from pyro_scenes import plots, report
-    from pyro_scenes.data.files import write_json
+    from pyro_scenes.files import write_json
 
     report.claim([out], [figure], force)
     if readme:

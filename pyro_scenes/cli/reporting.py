@@ -46,12 +46,12 @@ def report(checkpoint: str, out: Path, data: str | None, images: int, particles:
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import page
     from pyro_scenes import report as reports
-    from pyro_scenes.data.files import atomic_write
+    from pyro_scenes.files import atomic_write
 
     reports.claim([out], [], force)
     trained = checkpoints.load(checkpoint, device)
     if data or objects:
-        scenes = reports.unseen(trained.config, data or trained.config.data, images, objects, mnist)
+        scenes = reports.unseen(trained, data or trained.config.data, images, objects, mnist)
         numbers = "-".join(map(str, sorted(set(objects or ()))))
         sets = {f"{numbers} objects" if objects else scenes.name: scenes}
     else:

@@ -63,7 +63,7 @@ def sweep(model: str, data: str, preset: str, steps: int | None, seeds: str,
     if given and launcher == "local":
         raise click.UsageError("--launcher-set goes with --launcher submitit")
     from pyro_scenes import sweep as sweeps
-    from pyro_scenes.data.files import atomic_write, write_json
+    from pyro_scenes.files import atomic_write, write_json
 
     found = sweeps.cells(
         grid, sweeps.seeds(seeds), out, model=model, data=data, preset=preset, steps=steps,

@@ -19,14 +19,16 @@ from pyro_scenes.cli.options import (
 from pyro_scenes.errors import Terminated, UserError
 
 if TYPE_CHECKING:
+    from pyro_scenes.config import RunConfig
     from pyro_scenes.training import Run
 
 
 @click.command("svi-train", cls=Command)
-@click.option("--model", metavar="NAME", required=True, help="A model by name, such as lavae.")
+@click.option("--model", metavar="NAME", required=True,
+              help="lavae, discrete-air, air or conv-vae.")
 @click.option("--data", metavar="NAME|FILE", required=True,
-              help="A data set by name, such as multi-dsprites, or an npz file, whose last 5% is "
-              "held out.")
+              help="A data set by name, such as multi-dsprites, or an npz file or a folder of PNG "
+              "files, of which the last 5% is held out.")
 @click.option("--preset", metavar="NAME", default="fast", show_default=True,
               help="fast, or paper for the paper's networks and schedule.")
 @click.option("--steps", metavar="N", type=click.IntRange(min=1),
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 @seed_option
 @device_option
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
-              help="Change a field of the configuration. May be repeated.")
+              help="Change a setting. May be repeated.")
+@click.option("--settings", "list_them", is_flag=True,
+              help="Show all settings, as this command would have them, and train nothing.")
 @click.option("--out", type=FILE, metavar="DIR", help="Default: runs/MODEL-DATA-seedSEED.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
 @mnist_option
 @version_option
 def train(model: str, data: str, preset: str, steps: int | None, seed: int, device: str,
-          settings: tuple[str, ...], out: Path | None, resume: bool, force: bool,
+          settings: tuple[str, ...], list_them: bool, out: Path | None, resume: bool, force: bool,
           tensorboard: bool, mnist: Path | None) -> None:
     """Train a model and measure it on held-out scenes.
 
@@ -53,8 +57,12 @@ def train(model: str, data: str, preset: str, steps: int | None, seed: int, devi
     """
     if resume and force:
         raise click.UsageError("--resume keeps the run and --force replaces it: give one of them")
-    from pyro_scenes import distributed, report, training
     from pyro_scenes.config import make_config
+
+    if list_them:
+        click.echo(_listed(make_config(model, data, preset, settings, steps, seed)))
+        return
+    from pyro_scenes import distributed, report, training
 
     with distributed.session(device):
         config = make_config(model, data, preset, settings, steps, seed)
@@ -73,6 +81,19 @@ def train(model: str, data: str, preset: str, steps: int | None, seed: int, devi
         first = distributed.rank() == 0
     if first:
         click.echo(report.finish(config, out, device, mnist))
+
+
+def _listed(config: RunConfig) -> str:
+    """A line for each setting: its name and value, and what it is."""
+    from pyro_scenes.config import settings
+
+    lines: list[str] = []
+    for part, found in settings(config).items():
+        lines += ["", f"{part}:"] if lines else [f"{part}:"]
+        for name, (value, comment) in found.items():
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            lines.append(f"  {f'{name}={text}':36}  {comment}".rstrip())
+    return "\n".join(lines)
 
 
 class TensorBoard:

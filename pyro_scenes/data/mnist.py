@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pyro_scenes.data.files import atomic_write
 from pyro_scenes.errors import UserError, reason
+from pyro_scenes.files import atomic_write
 
 VARIABLE = "PYRO_SCENES_MNIST"
 MIRRORS = (

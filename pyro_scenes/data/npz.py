@@ -28,9 +28,9 @@ import numpy as np
 from numpy.lib import format as npy
 
 from pyro_scenes import limits
-from pyro_scenes.data.files import atomic_write, open_zip
 from pyro_scenes.data.scene_data import SceneData
 from pyro_scenes.errors import UserError, reason
+from pyro_scenes.files import atomic_write, open_zip
 
 MOST = 255  # objects in an image, as many as a segmentation map could tell apart; and categories
 HEADER = 10_000  # bytes of an array's header, which numpy limits to as many after reading it

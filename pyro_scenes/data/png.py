@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pyro_scenes import limits
-from pyro_scenes.data.files import check_regular
 from pyro_scenes.errors import UserError, reason
+from pyro_scenes.files import check_regular
 
 BYTES = 4  # that a pixel takes while it is read, or less; twice as many with transparency
 MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from pyro_scenes import pickles
-from pyro_scenes.data.files import open_zip, read_entry
 from pyro_scenes.data.npz import MOST, load_npz, read_header, readable
 from pyro_scenes.data.scene_data import SceneData
 from pyro_scenes.errors import UserError
+from pyro_scenes.files import open_zip, read_entry
 
 IMAGE_BYTES = 1024  # of pickle an image, at most, against files that claim too much
 # What numpy pickles an array of lists of ints with, in all its versions. `encode` makes bytes.

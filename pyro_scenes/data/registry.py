@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from pyro_scenes.data import multi_dsprites, multi_mnist, multi_sprites
 from pyro_scenes.data.generator import DatasetSpec
 from pyro_scenes.data.npz import load_npz
+from pyro_scenes.data.png import load_pngs
 from pyro_scenes.data.scene_data import SceneData
 from pyro_scenes.errors import UserError
 
@@ -58,7 +61,8 @@ def load(
 
     Args:
         source: a registered name (generated with seed 0 from that split's stream, in that
-            split's size), or the path of an npz file, which serves either split as it is.
+            split's size), or the path of an npz file or of a folder of PNG files, which serves
+            either split as it is.
         split: "train" or "test".
         images: take only the first so many.
         objects: as for `make`; generated data only.
@@ -78,9 +82,14 @@ def load(
             spec.name, images or spec.sizes[split], objects=objects, stream=split, mnist=mnist,
             segmentation=split == "test" if segmentation is None else segmentation)
     if not Path(source).exists():
-        raise UserError(f"no data set and no file is called {str(source)!r}; give an npz file or "
-                        f"one of {', '.join(DATASETS)}")
+        raise UserError(f"no data set and no file is called {str(source)!r}; give an npz file, a "
+                        f"folder of PNG files or one of {', '.join(DATASETS)}")
     if objects is not None:
         raise UserError(f"{source} is a file: the number of objects can only be chosen for "
                         f"{', '.join(DATASETS)}")
+    if Path(source).is_dir():
+        pixels = load_pngs([source], channels=3)
+        if (pixels == pixels[..., :1]).all():
+            pixels = np.ascontiguousarray(pixels[..., :1])
+        return SceneData.from_images(Path(source).resolve().name, pixels)[:images]
     return load_npz(source)[:images]

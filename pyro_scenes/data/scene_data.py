@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -110,6 +111,10 @@ class SceneData:
         """All images in order, uint8 (n, H, W, C), a few thousand at a time."""
         for start in range(0, len(self), BLOCK):
             yield self.images(slice(start, start + BLOCK))
+
+    def digest(self) -> str:
+        """What tells these images from others: the beginning of their SHA-256."""
+        return hashlib.sha256(f"{self.shape}".encode() + self.pixels.tobytes()).hexdigest()[:12]
 
     def __getitem__(self, index: Index) -> SceneData:
         """The scenes at `index` with all their truth; an int gives a data set of one.

@@ -64,13 +64,13 @@ class AIRConfig:
     """Settings of the model and the guide; defaults are the fast preset's for Multi-Sprites."""
 
     networks: str = "fast"  # fast or paper
-    max_objects: int = 3  # T
+    max_objects: int = 3  # T, most objects in an image
     latent: int = 50  # L, dimensions of z_what
     scale_mean: float = 0.25  # of half the image's side, the prior's median
     scale_deviation: float = 0.3  # of its logarithm
     place_deviation: float = 0.5  # of half the image's side
     likelihood: str = "normal"  # or bernoulli
-    sigma: float = 0.3  # of the normal likelihood
+    sigma: float = 0.3  # of the normal likelihood, and of what guides take an image to gain by
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
     more: float = 0.5  # geometric prior: probability of one more object
     window: int = 24  # side of an object, pixels
@@ -80,7 +80,7 @@ class AIRConfig:
     glimpse: int = 28  # side of what it reads, pixels (fast)
     glimpse_width: int = 16  # channels (fast)
     blur: float = 3.0  # see attention.InkPeak, pixels (fast)
-    shut: float = 5.0
+    shut: float = 5.0  # of objects found before, see there, pixels (fast)
 
 
 PAPER = AIRConfig(networks="paper", hidden=256, decoder_hidden=(200,), encoder_hidden=(200,))
@@ -104,7 +104,8 @@ class AIR(Attend):
     def __init__(self, config: AIRConfig, image_shape: tuple[int, int, int]):
         super().__init__()
         c, channels = config, image_shape[0]
-        self.config, self.image_shape, self.steps = config, image_shape, c.max_objects
+        self.config, self.image_shape = config, image_shape
+        self.most = self.steps = c.max_objects
         if c.networks not in ("fast", "paper"):
             raise UserError("networks must be fast or paper")
         # generative model: p(n) for z_pres, p(z_where), p(z_what), p(x | C_T) and f_dec
@@ -155,9 +156,8 @@ class AIR(Attend):
                 torch.stack([v.expand(*shape, -1) for v in values], -2)
                 for values in zip(*objects, strict=True)
             )  # (B, T, .) each
-            drawn = self.templates(None, z_what.flatten(0, -2))
-            drawn = self.write(drawn, z_where, (x.shape[-2], x.shape[-1]))  # (B, T, C, H, W)
-            canvas = (gate[..., None, None] * drawn).sum(-4)
+            found = {"here": gate.squeeze(-1), "z_where": z_where, "z_what": z_what}
+            canvas = self._drawn(found, (x.shape[-2], x.shape[-1])).sum(-4)
             pyro.sample("x", self.likelihood(canvas), obs=x)
 
     def pose(self, z_where: Tensor) -> Pose:
@@ -225,9 +225,8 @@ class AIR(Attend):
             previous = torch.cat([z_pres.unsqueeze(-1), z_where, z_what], -1).flatten(0, -2)
             if t + 1 < self.steps:
                 with torch.no_grad():
-                    drawn = self.templates(None, z_what.flatten(0, -2))
-                    drawn = self.write(drawn, z_where, (x.shape[-2], x.shape[-1]))
-                    canvas = canvas + (here[..., None, None, None] * drawn).flatten(0, -4)
+                    drawn = self._drawn(steps[-1], (x.shape[-2], x.shape[-1]))
+                    canvas = canvas + drawn.flatten(0, -4)
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
 

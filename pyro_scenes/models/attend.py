@@ -18,6 +18,7 @@ from pyro.nn import pyro_method
 from torch import Tensor
 
 from pyro_scenes.affine import to_window, warp
+from pyro_scenes.distributions import one_hot
 from pyro_scenes.errors import UserError
 from pyro_scenes.models.base import SceneModel
 from pyro_scenes.scene import Scene
@@ -50,20 +51,13 @@ def sampled(name: str, site, here: Tensor) -> Tensor:
 class Attend(SceneModel):
     """Base class: subclasses have `_attend`, `pose` and `templates`.
 
-    :ivar steps: T, most objects in an image.
+    :ivar steps: T, most objects in an image; subclasses set `most` to it.
     :ivar classes: K, categories of objects; 0 if they have none.
     """
 
+    appearance_site = "z_what"
     steps: int
     classes: int = 0
-
-    @property
-    def most(self) -> float:  # type: ignore[override]
-        return self.steps
-
-    @property
-    def appearance_site(self) -> str:  # type: ignore[override]
-        return "z_attr" if self.classes else "z_what"
 
     @pyro_method
     def guide(self, x: Tensor) -> list[dict[str, Tensor]]:
@@ -104,6 +98,15 @@ class Attend(SceneModel):
         drawn = warp(templates, to_window(*self.pose(flat)), size)
         return drawn.view(*z_where.shape[:-1], *drawn.shape[1:])
 
+    def _drawn(self, found: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """What objects draw, (..., C, H, W); :param found: "here" (...), and latents (..., D)."""
+        kind, what = (
+            None if value is None else value.flatten(0, -2)
+            for value in (found.get("z_cat"), found.get(self.appearance_site))
+        )
+        drawn = self.write(self.templates(kind, what), found["z_where"], size)
+        return found["here"][..., None, None, None] * drawn
+
     # --- scenes -----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -116,12 +119,7 @@ class Attend(SceneModel):
             for step in self._attend(seen, self.choose_likeliest)
         ]
         present = torch.stack([step["here"] > 0.5 for step in found], 1)  # (B, T)
-        limit = self.steps if limit is None else limit
-        if len(x) and present.sum(1).max() > limit:
-            raise UserError(
-                f"an image shows {int(present.sum(1).max())} objects, more than the limit of"
-                f" {limit}; raise it with --max-objects"
-            )
+        self.within(present.sum(1), self.steps if limit is None else limit)
         latents: dict[str, Tensor] = {
             name: torch.stack([step[name] for step in found], 1)
             for name in ("z_where", "z_cat", "z_attr", "z_what") if name in found[0]
@@ -166,8 +164,8 @@ class Attend(SceneModel):
                 f"the scene has category {int(kind.max())}; the model knows 0 to"
                 f" {self.classes - 1}"
             )
-        one_hot = None if kind is None else torch.eye(self.classes, device=here.device)[kind]
-        drawn = self.templates(one_hot, None if scene.what is None else scene.what[here])
+        z_cat = None if kind is None else one_hot(kind, self.classes)
+        drawn = self.templates(z_cat, None if scene.what is None else scene.what[here])
         sprites = drawn.new_zeros(*here.shape, *drawn.shape[1:])
         sprites[here] = drawn
         return sprites
@@ -183,9 +181,6 @@ class Attend(SceneModel):
         transform = to_window(pose[:, :2], pose[:, 2], pose[:, 3:], translation)
         layers[scene.present] = warp(sprites[scene.present], transform, (height, width))
         return layers
-
-    def render(self, scene: Scene) -> Tensor:
-        return self.layers(scene).sum(1).clamp(0.0, 1.0)
 
     @torch.no_grad()
     def segment(self, scene: Scene, threshold: float = INK) -> Tensor:

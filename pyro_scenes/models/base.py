@@ -69,7 +69,7 @@ class GenerativeModel(PyroModule):
         return drawn.nodes["x"]["fn"].mean.clamp(0.0, 1.0), self.counts(drawn)
 
     def counts(self, trace: poutine.Trace) -> Tensor | None:
-        """Objects in each image of a trace of the model or the guide, (B,) long."""
+        """Objects in each image of a trace of the model or the guide, (..., B) long."""
         return None
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -145,6 +145,15 @@ class SceneModel(GenerativeModel):
     def counts(self, trace: poutine.Trace) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no counts")
 
+    @staticmethod
+    def within(counts: Tensor, limit: float) -> None:
+        """:raises UserError: if an image shows more objects than the limit; counts (B,)."""
+        if len(counts) and counts.max() > limit:
+            raise UserError(
+                f"an image shows {int(counts.max())} objects, more than the limit of {limit};"
+                " raise it with --max-objects"
+            )
+
     def numbers(self, site: str, value: Tensor) -> Tensor:
         """An object's value (..., K) at a site as numbers that have an order, (..., Q).
 
@@ -153,8 +162,8 @@ class SceneModel(GenerativeModel):
         return value
 
     def render(self, scene: Scene) -> Tensor:
-        """The mean of p(x given scene), (B, C, H, W) in [0, 1]."""
-        raise NotImplementedError(f"{type(self).__name__} has no render")
+        """The mean of p(x given scene), (B, C, H, W) in [0, 1]: the sum of its layers."""
+        return self.layers(scene).sum(1).clamp(0.0, 1.0)
 
     def layers(self, scene: Scene) -> Tensor:
         """What each object adds to the mean, (B, M, C, H, W), 0 where absent."""

@@ -96,18 +96,18 @@ class DiscreteAIRConfig:
     """Settings of the model and the guide; defaults are the fast preset's for Multi-Sprites."""
 
     networks: str = "fast"  # fast or paper
-    max_objects: int = 3  # T
-    classes: int = 3  # K
-    attributes: int = 0  # A
+    max_objects: int = 3  # T, most objects in an image
+    classes: int = 3  # K, categories
+    attributes: int = 0  # A, dimensions of z_attr
     attribute_least: float = 1e-3  # standard deviation of q(z_attr), at least
     combine: str = "add"  # f_t and f_a: add or multiply
-    shear: bool = False  # D = 7
+    shear: bool = False  # whether z_where has two numbers for it
     isotropic: bool = True  # one scale for both sides
     scale_least: float = 0.08  # of half the image's side
-    scale_most: float = 0.5
+    scale_most: float = 0.5  # likewise
     angle_deviation: float = 2.0  # of the prior, radians
     likelihood: str = "normal"  # or bernoulli
-    sigma: float = 0.3  # of the normal likelihood
+    sigma: float = 0.3  # of the normal likelihood, and of what guides take an image to gain by
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
     more: float = 0.5  # geometric prior: probability of one more object
     window: int = 24  # side of a template, pixels; 32 with the paper's networks
@@ -121,7 +121,7 @@ class DiscreteAIRConfig:
     rounds: int = 0  # of looks at an object without the next, and the reverse, to evaluate (fast)
     looks: int = 0  # at the object stood upright (fast)
     blur: float = 3.0  # see attention.InkPeak, pixels (fast)
-    shut: float = 5.0
+    shut: float = 5.0  # of objects found before, see there, pixels (fast)
     sure: float = 10.0  # nats that an object must add for one more in the logit of z_pres (fast)
     angles: int = 36  # tried for each template; 0 to regress them (fast)
 
@@ -179,13 +179,15 @@ class DiscreteAIR(Attend):
     """
 
     decoders = ("template", "attribute", "decoder")
+    appearance_site = "z_attr"
     across = PLACE.start
 
     def __init__(self, config: DiscreteAIRConfig, image_shape: tuple[int, int, int]):
         super().__init__()
         c, channels = config, image_shape[0]
         self.config, self.image_shape = config, image_shape
-        self.steps, self.classes = c.max_objects, c.classes
+        self.most = self.steps = c.max_objects
+        self.classes = c.classes
         # A training sets these: temperature of the relaxed sites, how much attributes count, and
         # what is added to the fast guide's logits of each category, (K,).
         self.temperature: float | None = None
@@ -275,10 +277,9 @@ class DiscreteAIR(Attend):
                 torch.stack([v.expand(*shape, -1) for v in values], -2)
                 for values in zip(*objects, strict=True)
             )  # (B, T, .) each
-            what = z_attr[0].flatten(0, -2) if z_attr else None
-            drawn = self.templates(z_cat.flatten(0, -2), what)
-            drawn = self.write(drawn, z_where, (x.shape[-2], x.shape[-1]))  # (B, T, C, H, W)
-            canvas = (gate[..., None, None] * drawn).sum(-4)
+            found = {"here": gate.squeeze(-1), "z_cat": z_cat, "z_where": z_where}
+            found |= {"z_attr": z_attr[0]} if z_attr else {}
+            canvas = self._drawn(found, (x.shape[-2], x.shape[-1])).sum(-4)
             pyro.sample("x", self.likelihood(canvas), obs=x)
 
     def _category(self, logits: Tensor) -> dist.TorchDistribution:
@@ -349,11 +350,8 @@ class DiscreteAIR(Attend):
             previous = torch.cat([v.expand(*lead, -1).flatten(0, -2) for v in chosen], -1)
             if t + 1 < self.steps:
                 with torch.no_grad():
-                    z_where, z_cat = found["z_where"], found["z_cat"].flatten(0, -2)
-                    what = found["z_attr"].flatten(0, -2) if c.attributes else None
-                    drawn = self.write(self.templates(z_cat, what), z_where, size)
-                    canvas = canvas + (here[..., None, None, None] * drawn).flatten(0, -4)
-                    centres.append(self.pose(z_where.flatten(0, -2))[3])
+                    canvas = canvas + self._drawn(found, size).flatten(0, -4)
+                    centres.append(self.pose(found["z_where"].flatten(0, -2))[3])
         return steps
 
     @property

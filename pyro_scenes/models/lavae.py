@@ -85,7 +85,7 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.base import SceneModel
 from pyro_scenes.scene import Scene
-from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks, windows
+from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks
 
 # A place within the window of an earlier one is shut to the guide, yet preferred to the place
 # itself: on a canvas smaller than the window there would be nowhere else to go.
@@ -99,7 +99,7 @@ class LAVAEConfig:
     """Settings of the networks and the guide; defaults are the fast preset's."""
 
     networks: str = "fast"  # fast or paper
-    max_objects: int = 10  # M
+    max_objects: int = 10  # M, most objects that p(n) knows
     latent: int = 32  # L, dimensions of z_app
     sprite: int = 21  # side of a sprite, pixels, odd
     crop: int = 27  # side of the crop that the appearance network reads, pixels, odd
@@ -206,6 +206,8 @@ class LAVAE(SceneModel):
         # f_sprite; then inference networks: h_loc, and the parameters of q(z_app | z_loc, x)
         if config.networks not in NETWORKS:
             raise UserError(f"networks must be one of {', '.join(NETWORKS)}")
+        if config.networks == "paper" and config.sprite_width <= config.latent:
+            raise UserError("sprite_width must be more than latent: z_app takes that many channels")
         build = NETWORKS[config.networks]
         self.sprite_net, self.location_net, self.appearance_net = build(config, channels)
         self.check(torch.zeros(1, *image_shape))
@@ -267,7 +269,8 @@ class LAVAE(SceneModel):
             slopes = slopes.index_add(0, row[last], zero * gain[last])
         if placed:
             assert self.reach is not None
-            near = windows(z_loc, 2 * self.reach + 1, x.shape[-1])  # (P, D)
+            size = x.shape[-2], x.shape[-1]
+            near = window_masks(z_loc.argmax(-1), 2 * self.reach + 1, size)  # (P, D)
             mass = (z_loc * near).sum(-1)
             lost = (gain - math.log(z_loc.shape[-1])).clamp(max=0.0)
             slopes = slopes.index_add(0, row, (mass - mass.detach()) * lost)
@@ -388,12 +391,7 @@ class LAVAE(SceneModel):
         """The inferred count, its places from the likeliest on, and the means of z_app."""
         encoded = self.encode(x)
         n, logits = encoded.count, self._logits(encoded)
-        limit = self.config.max_objects if limit is None else limit
-        if len(n) and n.max() > limit:
-            raise UserError(
-                f"an image shows {int(n.max())} objects, more than the limit of {limit};"
-                " raise it with --max-objects"
-            )
+        self.within(n, self.config.max_objects if limit is None else limit)
         places = []
         for _ in range(int(n.max()) if len(n) else 0):
             places.append(one_hot(logits.argmax(-1), logits.shape[-1]))
@@ -439,9 +437,6 @@ class LAVAE(SceneModel):
         result = layers.new_zeros(shape)
         result[scene.present] = layers
         return result
-
-    def render(self, scene: Scene) -> Tensor:
-        return self.layers(scene).sum(1).clamp(0.0, 1.0)
 
     # --- for training -----------------------------------------------------------------------
 

@@ -29,12 +29,12 @@ COLDEST = 0.4  # temperature: a coordinate of a colder draw may underflow, whose
 class DiscreteAIRSchedule:
     """Annealing of Discrete-AIR's training; defaults are the fast preset's. In steps."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-3  # networks of model and guide
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.5  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end
     temperature_rate: float = 0.001  # r of max(0.5, exp(-r t)) (appendix C.4)
-    temperature_end: float = 0.5
+    temperature_end: float = 0.5  # the least temperature
     attributes_from: int = 1500  # templates alone explain the images up to this step, or half-way
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
@@ -127,14 +127,14 @@ class DiscreteAIRObjective(Objective):
 class AIRSchedule:
     """Annealing of AIR's training; defaults are the fast preset's. In steps."""
 
-    learning_rate: float = 2e-3
-    baseline_learning_rate: float = 1e-2
+    learning_rate: float = 2e-3  # networks of model and guide
+    baseline_learning_rate: float = 1e-2  # of z_pres's baselines
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.5  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end
     more: float = 0.9  # of the geometric prior at first; falls to the model's own
-    more_begin: int = 100
-    more_end: int = 500
+    more_begin: int = 100  # from this step on,
+    more_end: int = 500  # to this one
 
 
 AIR_PRESETS = {

@@ -18,7 +18,7 @@ from pyro_scenes.objectives.base import LEAST, Objective, Weighted, linear, surr
 class ConvVAESchedule:
     """Annealing of the convolutional VAE's training; defaults are the fast preset's."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-3  # all networks
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.0  # part of the training after which they fall (cosine)
     decay_to: float = 0.02  # the part of each that is left at the end

@@ -38,7 +38,7 @@ class LAVAESchedule:
     """
 
     learning_rate: float = 5e-3  # appearance network and sprite decoder
-    location_learning_rate: float = 1e-3
+    location_learning_rate: float = 1e-3  # location network
     prior_learning_rate: float = 2e-2  # logits of p(n)
     ramp: int = 100  # learning rates rise over so many steps
     decay_from: float = 0.3  # part of the training after which they fall (cosine)
@@ -46,13 +46,13 @@ class LAVAESchedule:
     # Steps over which the location map's falls to a hundredth, geometrically; 0: as the others.
     location_decay: int = 0
     temperature: float = 1.0  # of the places' Gumbel-softmax gradient
-    temperature_end: float = 0.5
-    temperature_steps: int = 1000
+    temperature_end: float = 0.5  # to which it falls
+    temperature_steps: int = 1000  # within so many steps
     slope: float = 5.0  # limit of the places' gradient, nats a pixel; 0 for none
     reach: int = 5  # of that gradient round a drawn place, pixels; 0 for everywhere
     floor: float = 0.03  # of the Bernoulli means; falls to the model's own
-    floor_begin: int = 600
-    floor_end: int = 2400
+    floor_begin: int = 600  # from this step on,
+    floor_end: int = 2400  # to this one
     one_object: int = 150  # n is forced to 1 in all images up to this step,
     one_object_end: int = 200  # ever less often until this one,
     one_object_left: float = 0.0  # and this often from then on
@@ -72,7 +72,7 @@ class LAVAESchedule:
     warmup_weight: float = 0.5  # of the squared distance, summed over pixels
     warmup_height: float = 3.5  # of the target's peaks, in units of h_loc
     warmup_blur: float = 3.5  # standard deviation, pixels
-    auxiliary_learning_rate: float = 2e-3
+    auxiliary_learning_rate: float = 2e-3  # auxiliary VAE
 
 
 PAPER = LAVAESchedule(
@@ -163,7 +163,7 @@ class LAVAEObjective(Objective):
         )
         location = s.location_learning_rate
         if s.location_decay:
-            location = falling(step, location, 0.01 * location, 0, s.location_decay)
+            location *= falling(step, 1.0, 0.01, 0, s.location_decay)
         else:
             location *= short
         if self.sleeps(step):

@@ -19,6 +19,7 @@ from pyro_scenes.scene import POSE, Scene
 BATCH = 256  # images drawn at a time
 # Appearance dimensions in a traversal, and how far it goes: the prior's standard deviation is 1.
 DIMENSIONS, REACH = 6, 2.5
+VISIBLE = 0.2  # how much some pixel must change for a dimension to be shown
 ATTRIBUTE_REACH = 2.0  # how far attributes of templates go
 
 
@@ -47,7 +48,7 @@ def templates(model: GenerativeModel, images: Tensor, limit: float | None = None
     made = _objects(repeated, what.flatten(0, 1))
     if attributes > 1:
         names = [f"{name}, attribute {i}" for name in names for i in range(attributes)]
-    headings = [f"{value:g}" for value in values.tolist()]
+    headings = [f"attribute {value:g}" for value in values.tolist()]
     return plots.traversal_figure(model.sprites(made), names, headings)
 
 
@@ -55,8 +56,9 @@ def templates(model: GenerativeModel, images: Tensor, limit: float | None = None
 def traversal(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """One object moved along x, then y, scaled and turned if it can be, then changed in appearance.
 
-    LAVAE's figures 3, 7, 8 and 11, of the first image with an object. The appearance dimensions are
-    those that change the picture most.
+    LAVAE's figures 3, 7, 8 and 11, of the first image with an object. Each row begins with the
+    scene as it was inferred, the object outlined. The appearance dimensions are those that change
+    the picture most, if visibly.
 
     Raises:
         NothingToDraw: no object was found in the images.
@@ -71,14 +73,16 @@ def traversal(model: GenerativeModel, images: Tensor, limit: float | None = None
         # Centres of pixels in the middle three quarters, so that the object stays on the canvas.
         length = images.shape[-1 - axis]
         stops = torch.linspace(length / 8, length * 7 / 8, STEPS).floor() + 0.5
-        rows[name] = varied(scene, "where", (slot, axis), stops)
+        rows[_label(name, stops, " px")] = varied(scene, "where", (slot, axis), stops)
     if scene.pose is not None and scenes.pose is not None:
         pose, scale, angle = scene.pose[0, slot].cpu(), slice(0, 2), POSE.index("angle")
         factors = 2 ** torch.linspace(-1, 1, STEPS)
-        rows["scale"] = varied(scene, "pose", (slot, scale), factors[:, None] * pose[scale])
+        scaled = varied(scene, "pose", (slot, scale), factors[:, None] * pose[scale])
+        rows[_label("scaled", factors, " times")] = scaled
         if scenes.pose[scenes.present][:, angle].any():  # AIR turns nothing
             turns = torch.linspace(-math.pi / 2, math.pi / 2, STEPS)
-            rows["angle"] = varied(scene, "pose", (slot, angle), turns + pose[angle])
+            turned = varied(scene, "pose", (slot, angle), turns + pose[angle])
+            rows[_label("turned", turns.rad2deg(), "\u00b0")] = turned
     if scene.what is not None and scene.what.shape[-1]:
         values = torch.linspace(-REACH, REACH, STEPS)
         name = "appearance" if scene.kind is None else "attribute"
@@ -88,12 +92,19 @@ def traversal(model: GenerativeModel, images: Tensor, limit: float | None = None
         ]
         ends = torch.tensor([0, STEPS - 1])
         effect = torch.stack([
-            model.render(pick(row, ends)).diff(dim=0).abs().sum() for row in changed
+            model.render(pick(row, ends)).diff(dim=0).abs().flatten() for row in changed
         ])
-        for dimension in effect.argsort(descending=True)[:DIMENSIONS].tolist():
-            rows[f"{name} {dimension}"] = changed[dimension]
-    drawn = torch.stack([model.render(row) for row in rows.values()])
-    return plots.traversal_figure(drawn, list(rows))
+        order = effect.sum(1).argsort(descending=True)
+        visible = order[effect.amax(1)[order] >= VISIBLE]
+        for dimension in visible[:DIMENSIONS].tolist():
+            rows[_label(f"{name} {dimension}", values)] = changed[dimension]
+    inferred = model.render(scene)
+    drawn = torch.stack([torch.cat([inferred, model.render(row)]) for row in rows.values()])
+    only = torch.zeros_like(scene.present)
+    only[0, slot] = True
+    return plots.traversal_figure(
+        drawn, list(rows), ["inferred", *[""] * STEPS], replace(scene, present=only)
+    )
 
 
 @torch.no_grad()
@@ -139,6 +150,10 @@ def sample_counted(
 def samples(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """As many images drawn from the model as there are images. LAVAE's figures 2, 4 and 10."""
     return plots.samples_figure(sample(model, len(images)))
+
+
+def _label(name: str, values: Tensor, unit: str = "") -> str:
+    return f"{name}, {values[0]:g} to {values[-1]:g}{unit}"
 
 
 def _objects(kind: Tensor, what: Tensor | None = None) -> Scene:

@@ -14,13 +14,13 @@ from pyro_scenes.plots.calibration import calibration_figure
 from pyro_scenes.plots.curves import bound_figure, growth_figure, training_curves
 from pyro_scenes.plots.grids import samples_figure, swap_figure, traversal_figure
 from pyro_scenes.plots.pairs import pairs_figure
-from pyro_scenes.plots.scenes import OBJECTS, inference_figure
+from pyro_scenes.plots.scenes import PALETTE, inference_figure
 from pyro_scenes.plots.sheet import FORMATS, pixels, save
 from pyro_scenes.plots.tables import Table, tables_figure
 
 __all__ = [
     "FORMATS",
-    "OBJECTS",
+    "PALETTE",
     "Table",
     "bound_figure",
     "calibration_figure",

@@ -23,8 +23,9 @@ COLOURS = (CURVE, "#c2571a", "#3a7d44", "#8a4f9e", "#7a7a7a")
 def calibration_figure(ranks: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     """Draw histograms of ranks, a row for each guide, and the coverage of its intervals.
 
-    A bar is 1 high where as many ranks fall as of a calibrated guide. Grey is where 99% of its
-    bars are, one rank for each scene; the ranks of several numbers vary less.
+    A bar is 1 high where as many ranks fall as of a calibrated guide; those of a row have one
+    scale. Grey is where 99% of its bars are, one rank for each scene; the ranks of several numbers
+    vary less.
 
     Args:
         ranks: for each guide, by name, the ranks of each family of sites: (N, Q) from 0 to 1, NaN
@@ -42,14 +43,17 @@ def calibration_figure(ranks: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
     FigureCanvasAgg(figure)
     for i, (label, row) in enumerate(ranks.items()):
         covered = figure.add_subplot(down, across, (i + 1) * across)
+        first: Axes | None = None
         for j, (name, values) in enumerate(row.items()):
             ranked = as_numpy(values)
-            axes = figure.add_subplot(down, across, i * across + j + 1)
+            axes = figure.add_subplot(down, across, i * across + j + 1, sharey=first)
             _histogram(axes, ranked)
             size = ranked.shape[1]
             axes.set_title(f"{name}, {size} number{'s' * (size > 1)}", fontsize=FONT, color=INK,
                            parse_math=False)
-            _dress(axes, "rank of the truth", label if j == 0 else "")
+            _dress(axes, "rank of the truth", "" if first else f"{label}\ndensity; 1 if calibrated")
+            axes.tick_params(labelleft=first is None)
+            first = first or axes
             _coverage(covered, ranked, COLOURS[j % len(COLOURS)], name)
         covered.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
         covered.legend(fontsize=FONT - 2, frameon=False, labelcolor=INK)

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from pyro_scenes.plots.scenes import colours_of, outline
 from pyro_scenes.plots.sheet import (
     CHARACTER,
     GAP,
@@ -16,9 +17,11 @@ from pyro_scenes.plots.sheet import (
     SMALL,
     ArrayLike,
     Sheet,
+    as_numpy,
     as_pictures,
     fit,
 )
+from pyro_scenes.scene import Scene
 
 
 def samples_figure(
@@ -30,14 +33,14 @@ def samples_figure(
     """
     pictures = as_pictures(images, 4, "images")
     across = columns or math.ceil(len(pictures) / round(math.sqrt(len(pictures) / 1.5)))
-    return _grid([pictures[i:i + across] for i in range(0, len(pictures), across)], title)
+    return _grid([pictures[i:i + across] for i in range(0, len(pictures), across)], title=title)
 
 
 def traversal_figure(
     rows: ArrayLike,
     labels: Sequence[str] | None = None,
     headings: Sequence[str] | None = None,
-    title: str | None = None,
+    outlined: Scene | None = None,
 ) -> Figure:
     """Show rows of images in which one latent variable changes: figures 3 and 7 of the LAVAE paper.
 
@@ -48,7 +51,7 @@ def traversal_figure(
         rows: (R, T, C, H, W), R traversals of T steps each.
         labels: R names of the rows, on their left.
         headings: T names of the columns, above them.
-        title: a line above the figure.
+        outlined: one scene, to outline its objects in the first image of each row.
 
     Raises:
         ValueError: also where there are not R labels or T headings.
@@ -58,10 +61,10 @@ def traversal_figure(
         raise ValueError(f"{len(pictures)} rows need as many labels, not {len(labels)}")
     if headings is not None and len(headings) != pictures.shape[1]:
         raise ValueError(f"{pictures.shape[1]} columns need as many headings, not {len(headings)}")
-    return _grid(list(pictures), title, labels, headings)
+    return _grid(list(pictures), labels, headings, outlined)
 
 
-def swap_figure(before: ArrayLike, after: ArrayLike, title: str | None = None) -> Figure:
+def swap_figure(before: ArrayLike, after: ArrayLike) -> Figure:
     """Show (B, C, H, W) reconstructions above the same with objects swapped: figure 6 of LAVAE.
 
     Raises:
@@ -70,12 +73,12 @@ def swap_figure(before: ArrayLike, after: ArrayLike, title: str | None = None) -
     first, second = as_pictures(before, 4, "before"), as_pictures(after, 4, "after")
     if first.shape != second.shape:
         raise ValueError(f"before and after differ in shape: {first.shape} and {second.shape}")
-    return _grid([first, second], title, ("reconstruction", "swapped"))
+    return _grid([first, second], ("reconstruction", "swapped"))
 
 
 def _grid(
-    rows: Sequence[NDArray[Any]], title: str | None, labels: Sequence[str] | None = None,
-    headings: Sequence[str] | None = None,
+    rows: Sequence[NDArray[Any]], labels: Sequence[str] | None = None,
+    headings: Sequence[str] | None = None, outlined: Scene | None = None, title: str | None = None,
 ) -> Figure:
     """Rows of (T, H, W, 3) pictures, labelled on the left and above."""
     width, height = fit(rows[0].shape[1:3], SMALL)
@@ -91,5 +94,8 @@ def _grid(
         if labels:
             sheet.text(indent - GAP, y + height / 2, labels[r], align="right")
         for t, picture in enumerate(row):
-            sheet.image(picture, indent + t * (width + GAP), y, width, height)
+            axes = sheet.image(picture, indent + t * (width + GAP), y, width, height)
+            if outlined is not None and t == 0:
+                boxes = as_numpy(outlined.boxes)[0, as_numpy(outlined.present)[0]]
+                outline(axes, boxes, colours_of(outlined)[0])
     return sheet.figure

@@ -30,7 +30,6 @@ def pairs_figure(
     reconstructions: ArrayLike,
     captions: Sequence[str],
     scenes: Scene | None = None,
-    title: str | None = None,
 ) -> Figure:
     """Show images beside their reconstructions, several pairs to a row, a caption above each.
 
@@ -39,7 +38,6 @@ def pairs_figure(
         reconstructions: (B, C, H, W).
         captions: B lines.
         scenes: B scenes, to outline their objects in the reconstructions and write their number.
-        title: a line above the figure.
 
     Raises:
         ValueError: also where the arguments differ in number or size.
@@ -55,9 +53,7 @@ def pairs_figure(
     apart, below = 4 * GAP, 2 * GAP
     across = min(max((WIDEST + apart) // (span + apart), 1), len(first))
     down = math.ceil(len(first) / across)
-    sheet = Sheet(
-        across * (span + apart) - apart, down * (HEADING + height + below) - below, title
-    )
+    sheet = Sheet(across * (span + apart) - apart, down * (HEADING + height + below) - below)
     colours = colours_of(scenes) if scenes is not None else []
     for b, caption in enumerate(captions):
         x, y = b % across * (span + apart), b // across * (HEADING + height + below)

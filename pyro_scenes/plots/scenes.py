@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -28,10 +29,11 @@ from pyro_scenes.plots.sheet import (
 from pyro_scenes.scene import Scene
 
 WIDEST = 1900  # pixels: two images and what was inferred from them, side by side
-# Bright enough for a black canvas, dark enough for a white page; one for each category in turn,
-# or for each object where there are no categories.
-OBJECTS = ("#ff5c5c", "#3d9bff", "#f2b705", "#2fbf71", "#c264f0",
+# Bright enough for a black canvas, dark enough for a white page.
+PALETTE = ("#ff5c5c", "#3d9bff", "#f2b705", "#2fbf71", "#c264f0",
            "#ff8a1f", "#14b8c4", "#f0609e", "#8fbf1f", "#9aa5b1")
+TONES = (0.4, 0.9), (0.5, 0.6)  # saturation and value of further colours: pale, dark
+STROKE = [withStroke(linewidth=2, foreground="black")]
 
 
 def inference_figure(
@@ -39,7 +41,6 @@ def inference_figure(
     reconstructions: ArrayLike,
     scenes: Scene | None = None,
     sprites: ArrayLike | None = None,
-    title: str | None = None,
 ) -> Figure:
     """Show what was inferred from images: figures 1, 5 and 8 of the LAVAE paper.
 
@@ -54,7 +55,6 @@ def inference_figure(
         scenes: B scenes; an object whose box is NaN is counted but not outlined. Default: a model
             without objects, input and reconstruction alone.
         sprites: (B, M, C, S, S), one per slot of the scenes. Default: no such column.
-        title: a line above the figure.
 
     Raises:
         ValueError: also where the arguments do not hold the same images or slots.
@@ -86,9 +86,7 @@ def inference_figure(
     apart, below = 5 * GAP, 3 * GAP // 2
     across = 2 if number >= 4 and 2 * block <= WIDEST else 1
     down = math.ceil(number / across)
-    sheet = Sheet(
-        across * (block + apart) - apart, HEADING + down * (height + below) - below, title
-    )
+    sheet = Sheet(across * (block + apart) - apart, HEADING + down * (height + below) - below)
     for b in range(number):
         x, y = b // down * (block + apart), HEADING + b % down * (height + below)
         for name, pictures in columns.items():
@@ -118,7 +116,17 @@ def draw_objects(
 
     With `numbered`, 0 to n - 1 stand beside them.
     """
-    outline = [withStroke(linewidth=2, foreground="black")]
+    outline(axes, boxes, colours, numbered)
+    axes.text(
+        0.04, 0.96, str(len(boxes)), transform=axes.transAxes, ha="left", va="top",
+        color="white", fontsize=FONT + 2, fontweight="bold", path_effects=STROKE,
+    )
+
+
+def outline(
+    axes: Axes, boxes: NDArray[Any], colours: Sequence[str], numbered: bool = False
+) -> None:
+    """The same without the number of the boxes."""
     (_, columns), (rows, _) = axes.get_xlim(), axes.get_ylim()
     for i, (x, y, w, h) in enumerate(boxes.tolist()):
         if not math.isfinite(x + y + w + h):
@@ -132,12 +140,8 @@ def draw_objects(
             middle = min(max(y, 0.06 * rows), 0.94 * rows)
             axes.text(
                 left, middle, str(i), ha="left", va="center_baseline",
-                color=colours[i], fontsize=FONT, fontweight="bold", path_effects=outline,
+                color=colours[i], fontsize=FONT, fontweight="bold", path_effects=STROKE,
             )
-    axes.text(
-        0.04, 0.96, str(len(boxes)), transform=axes.transAxes, ha="left", va="top",
-        color="white", fontsize=FONT + 2, fontweight="bold", path_effects=outline,
-    )
 
 
 def colours_of(scenes: Scene) -> list[list[str]]:
@@ -147,7 +151,17 @@ def colours_of(scenes: Scene) -> list[list[str]]:
         chosen = [range(count) for count in present.sum(1)]
     else:
         chosen = [kind[there] for kind, there in zip(as_numpy(scenes.kind), present)]
-    return [[OBJECTS[i % len(OBJECTS)] for i in numbers] for numbers in chosen]
+    return [[colour(int(i)) for i in numbers] for numbers in chosen]
+
+
+def colour(number: int) -> str:
+    """The colour of a category: of PALETTE; then ten hues that are pale, ten that are dark, ..."""
+    if number < len(PALETTE):
+        return PALETTE[number]
+    # A step just above a tenth: ten hues go round the circle, and the next ten miss them.
+    tone = TONES[(number // 10 - 1) % len(TONES)]
+    rgb = colors.hsv_to_rgb(((0.09 + 0.101 * number) % 1, *tone))
+    return colors.to_hex(rgb.tolist())
 
 
 def _location_maps(scenes: Scene, size: tuple[int, ...]) -> NDArray[Any]:

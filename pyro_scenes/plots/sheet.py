@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_scenes.errors import UserError
+from pyro_scenes.files import atomic_write
 
 ArrayLike = NDArray[Any] | Tensor
 
@@ -38,14 +38,9 @@ def save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"figure {path}: its name must end in {', '.join(FORMATS)}")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(unfinished, format=path.suffix[1:].lower(), dpi=figure.dpi)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=figure.dpi)
     except OSError as error:
         raise UserError(f"cannot write figure {path}: {error.strerror}") from error
 
@@ -60,14 +55,15 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
 class Sheet:
     """A figure whose contents are placed in screen pixels, right and down from the top left."""
 
-    def __init__(self, width: int, height: int, title: str | None) -> None:
+    def __init__(self, width: int, height: int, title: str | None = None) -> None:
         headroom = HEADING if title else 0
         self.width = max(width, CHARACTER * len(title or "")) + 2 * MARGIN
         self.height = height + headroom + 2 * MARGIN
         self.left, self.top = (self.width - width) // 2, MARGIN + headroom
         self.figure = Figure((self.width / DPI, self.height / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(self.figure)
-        self.text(width / 2, -HEADING / 2 - GAP / 2, title or "", size=FONT + 1)
+        if title:
+            self.text(width / 2, -HEADING / 2 - GAP / 2, title, size=FONT + 1)
 
     def image(
         self, picture: NDArray[Any], x: int, y: int, width: int, height: int,

@@ -43,7 +43,6 @@ def tables_figure(
     scenes: Scene,
     nodes: Sequence[Table],
     edges: Sequence[Table],
-    title: str | None = None,
 ) -> Figure:
     """Show images as graphs: figures 3, 4 and 5 of the Discrete-AIR paper.
 
@@ -57,7 +56,6 @@ def tables_figure(
         scenes: B scenes.
         nodes: B tables with a row per object, in the order of its slot.
         edges: B tables.
-        title: a line above the figure.
 
     Raises:
         ValueError: also where the arguments do not hold the same number of images or objects.
@@ -74,9 +72,7 @@ def tables_figure(
     places = np.cumsum([0, width + GAP, width + 6 * GAP, *(sum(w) + 6 * GAP for w in widths)])
     heights = [max(height, *(_lines(table) * LINE for table in pair)) for pair in zip(nodes, edges)]
     below = 3 * GAP
-    sheet = Sheet(
-        int(places[-1]) - 6 * GAP, HEADING + sum(heights) + (len(heights) - 1) * below, title
-    )
+    sheet = Sheet(int(places[-1]) - 6 * GAP, HEADING + sum(heights) + (len(heights) - 1) * below)
     spans = [width, width, *map(sum, widths)]
     names = "input", "reconstruction", "nodes", "edges (source less target)"
     for name, x, span in zip(names, places, spans):

@@ -20,6 +20,11 @@ from pyro_scenes.errors import UserError, reason
 CHUNK = 4 * 2**20
 
 
+def _unfinished(path: Path, process: str) -> Path:
+    """Where a process writes what will be at `path`."""
+    return path.with_name(f".{path.name}.{process}.tmp")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends without an exception.
@@ -27,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     It is written beside `path`, in the same folder, which is made if need be, and removed when the
     block fails. An OSError, of a full disk say, names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _unfinished(path, str(os.getpid()))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
@@ -53,7 +58,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise UserError(f"{path} exists: give the folder another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _unfinished(path, str(os.getpid()))
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -67,7 +72,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_unfinished(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` have left beside it."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+    for temporary in path.parent.glob(_unfinished(path, "*").name):
         temporary.unlink(missing_ok=True)
 
 

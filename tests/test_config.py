@@ -1,0 +1,91 @@
+"""Settings by name: which part they are of, what they are, and which values they take."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pyro_scenes import cli, sweep
+from pyro_scenes.config import RunConfig, find, make_config, settings, spelled
+from pyro_scenes.errors import UserError
+from pyro_scenes.models import MODELS
+
+COMMON = {"data": "multi-dsprites", "preset": "fast", "steps": None, "settings": (), "images": 2,
+          "particles": 1, "device": "cpu", "mnist": None}
+
+
+def test_a_name_that_two_parts_have_needs_its_part() -> None:
+    config = make_config("air", "multi-dsprites", settings=["net.more=0.25", "schedule.more=0.75"])
+    assert (config.net.more, config.schedule.more) == (0.25, 0.75)
+    with pytest.raises(UserError, match=r"schedule and net: write schedule.more or net.more"):
+        make_config("air", "multi-dsprites", settings=["more=0.5"])
+
+
+def test_a_part_may_stand_before_any_name_of_its_own() -> None:
+    config = make_config("lavae", "multi-dsprites", settings=["train.steps=7", "net.latent=3"])
+    assert (config.train.steps, config.net.latent) == (7, 3)
+    for wrong in ("net.steps=7", "other.steps=7", ".steps=7", "train.=7"):
+        with pytest.raises(UserError, match="no setting is called"):
+            make_config("lavae", "multi-dsprites", settings=[wrong])
+
+
+@pytest.mark.parametrize("changed", [("net.more=0.25",), ("schedule.more=0.75", "net.more=0.1")])
+def test_a_command_says_which_part_is_meant(changed: tuple[str, ...]) -> None:
+    config = make_config("air", "multi-dsprites", settings=changed)
+    words = config.command(0).split()
+    given = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert sorted(given) == sorted(changed)
+    assert make_config("air", "multi-dsprites", settings=given) == config
+
+
+def test_a_sweep_reaches_the_part_that_it_names() -> None:
+    found = sweep.cells(["net.more=0.2,0.3"], [0], Path("out"), model="air", **COMMON)
+    assert [cell.config().net.more for cell in found] == [0.2, 0.3]
+    assert {cell.config().schedule.more for cell in found} == {0.9}
+    with pytest.raises(UserError, match="twice"):
+        sweep.cells(["ramp=1", "schedule.ramp=2"], [0], Path("out"), model="air", **COMMON)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_setting_is_listed_with_its_value_and_a_word(model: str) -> None:
+    config = make_config(model, "multi-mnist-10k")
+    found = settings(config)
+    assert list(found) == list(RunConfig.parts)
+    for part, listed in found.items():
+        values = getattr(config, part)
+        assert list(listed) == [spelled(config, part, f.name) for f in fields(values)]
+        for name, (value, word) in listed.items():
+            assert value == getattr(values, name.rpartition(".")[2]) and word, (part, name)
+            assert find(config, name)[0] == part
+
+
+def test_a_comment_above_a_setting_is_its_own() -> None:
+    listed = settings(make_config("lavae", "multi-dsprites"))["schedule"]
+    assert listed["location_decay"][1].startswith("Steps over which the location map's falls")
+    assert listed["temperature"][1] == "of the places' Gumbel-softmax gradient"
+
+
+def test_settings_are_shown_as_the_command_has_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "--model air --data multi-mnist --settings --set latent=7 --steps 3".split()
+    result = CliRunner().invoke(cli.train, line)
+    assert result.exit_code == 0, result.output
+    lines = [shown.split() for shown in result.output.splitlines()]
+    assert ["latent=7", "L,", "dimensions", "of", "z_what"] in lines
+    assert any(shown[:1] == ["steps=3"] for shown in lines)
+    assert any(shown[:1] == ["net.more=0.5"] for shown in lines)
+    assert not list(tmp_path.iterdir())  # nothing is trained
+    refused = CliRunner().invoke(cli.train, [*line, "--set", "more=0.3"])
+    assert refused.exit_code == 2 and "write schedule.more or net.more" in refused.output
+
+
+@pytest.mark.parametrize("model,setting,reason", [
+    ("lavae", "optimizer=sgd", "optimizer must be one of adam, adamax"),
+    ("lavae", "precision=half", "precision must be one of auto, float32, bfloat16"),
+    ("lavae", "location_every=17", "location_every must be at most 16"),
+    ("air", "place_deviation=0", "place_deviation must be at least 0.001"),
+])
+def test_what_would_fail_later_is_refused_at_once(model: str, setting: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        make_config(model, "multi-dsprites", settings=[setting])
