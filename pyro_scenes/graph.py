@@ -109,8 +109,11 @@ def graphs(scene: Scene, kind_distance: Tensor | None = None) -> list[nx.DiGraph
 
 
 def to_json(scene: Scene, kind_distance: Tensor | None = None) -> list[dict]:
-    """One node-link object a scene, which ``networkx.node_link_graph`` reads."""
-    return [nx.node_link_data(graph) for graph in graphs(scene, kind_distance)]
+    """One node-link object a scene, which ``networkx.node_link_graph`` reads.
+
+    Before networkx 3.6 that has to be told ``edges="edges"``.
+    """
+    return [nx.node_link_data(graph, edges="edges") for graph in graphs(scene, kind_distance)]
 
 
 def to_graphml(scene: Scene, kind_distance: Tensor | None = None) -> list[str]:

@@ -273,6 +273,7 @@ class Run:
         """Write the run into its folder, from rank 0.
 
         :raises UserError: if a weight is not finite.
+        :raises OSError: if a file cannot be written, or the folder is gone.
         """
         if distributed.rank() > 0:
             return

@@ -134,7 +134,7 @@ def table(result: dict) -> str:
              *(f"{n}: times as fast" for n in MANY))
     alone = min(row["step"]["median"] for row in result["rows"])
     reckoned = [
-        (f"{name}, {1e-9 * rate:g} GB/s", *(f"{1e3 * _exchange(n, rate, one):.2f}" for n in MANY),
+        (f"{name}, {1e-9 * rate:g} GB/s", *(f"{1e3 * _exchange(n, rate, one):.3g}" for n in MANY),
          *(f"{alone / (alone / n + _exchange(n, rate, one)):.1f}" for n in MANY))
         for name, rate in RATES.items()
     ]

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.nn import pyro_method
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from pyro_scenes.scene import Scene
 from pyro_scenes.spatial import ink_boxes
 
 Pose = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, angle, shear, translation, see affine.py
-Choose = Callable[[str, "object", Tensor], Tensor]  # name, distribution, here -> value
+Choose = Callable[[str, TorchDistribution, Tensor], Tensor]  # name, distribution, here -> value
 INK = 0.3  # of 1, the least that counts as an object's in its box and segment
 
 

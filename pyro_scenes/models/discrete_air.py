@@ -135,11 +135,13 @@ DIGITS = {
     "max_objects": 2, "classes": 10, "attributes": 1, "shear": True, "isotropic": False,
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
-TRAINING = {"blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 2000, "steps": 6000}
-# Digits are of nearly one size: a prior that says so keeps strokes from being objects.
-SIZED = {"scale_least": 0.25, "scale_most": 0.6}
-# Strokes that are left of a digit are not objects; an attribute does not make a 6 a 0.
-EXACT = {"straight_through": True, "looks": 3, "rounds": 2, "attribute_least": 0.5}
+GREY = {
+    "blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 2000, "steps": 6000,
+    # Digits are of nearly one size: a prior that says so keeps strokes from being objects.
+    "scale_least": 0.25, "scale_most": 0.6,
+    # Strokes that are left of a digit are not objects; an attribute does not make a 6 a 0.
+    "straight_through": True, "looks": 3, "rounds": 2, "attribute_least": 0.5,
+}
 # Binary digits, up to three, a third as large: each pixel counts more, and so do attributes.
 BINARY = {
     "likelihood": "bernoulli", "max_objects": 3, "window": 24, "attributes": 2,
@@ -148,7 +150,7 @@ BINARY = {
 }
 SUITED = {
     "fast": {
-        "multi-mnist": DIGITS | TRAINING | SIZED | EXACT,
+        "multi-mnist": DIGITS | GREY,
         "multi-mnist-10k": DIGITS | BINARY,
     },
     # 420 epochs of 50,000 images, which the LSTM reads as they are (C.1, C.4).
@@ -163,7 +165,9 @@ class Guess:
     mean: Tensor  # (N, K, D), of z_where
     scale: Tensor  # (N, K, D), its standard deviation
     attributes: tuple[Tensor, Tensor] | None  # (N, K, A) each, the same of z_attr
-    logits: Tensor  # (N, K), nats that an object of the category would add here
+    # (N, K), nats that an object of the category would add here under a normal likelihood, the
+    # densities of its pose and attributes with it, but for a constant.
+    logits: Tensor
 
     def repeat(self, times: int) -> Guess:
         parts = self.mean, self.scale, *(self.attributes or ()), self.logits
@@ -504,7 +508,8 @@ class DiscreteAIR(Attend):
     def _gain(self, left: Tensor, drawn: Tensor, z_where: Tensor) -> Tensor:
         """What an object of each category would add to the log likelihood, nats, (N, K).
 
-        In a training counted in the window, which costs less than among the pixels.
+        Of a normal likelihood, whatever the model's; counted in the window, which costs less than
+        among the pixels, but in an evaluation with `rounds`.
 
         :param left: (N, C, H, W). :param drawn: (N, K, C, S, S) or (K, C, S, S), its template.
         :param z_where: (N, K, D).

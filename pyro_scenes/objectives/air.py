@@ -80,7 +80,8 @@ class Rescue(nn.Module):
 class DiscreteAIRObjective(Objective):
     """The ELBO with relaxed z_cat and z_pres, in guide and prior (section 2.3, appendix C).
 
-    Its divergence is by the draw, of the normal sites too; the paper needs that for the relaxed.
+    z_cat is exact in the fast preset: what its guide chooses by learns from the likelihood alone.
+    The divergence is by the draw, of the normal sites too; the paper needs that for the relaxed.
 
     :raises UserError: for a temperature that float32 has no room for.
     """

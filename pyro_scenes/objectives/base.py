@@ -53,7 +53,7 @@ class Objective:
         return decayed(step, self.steps, s.ramp, s.decay_from, s.decay_to)
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """For each group of the model's parameters, and of ``modules``."""
+        """For each group of the model's parameters; of ``modules``, what a subclass adds."""
         return dict.fromkeys(self.groups, self.decay(step) * self.schedule.learning_rate)
 
     def loss(self, model: Any, x: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
