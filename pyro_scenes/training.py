@@ -121,7 +121,7 @@ class Run:
         if settings.batch_size > len(self.data):
             raise UserError(
                 f"batch_size {settings.batch_size} is more than the {len(self.data)} images there"
-                " are to train on"
+                f" are to train on: use --set batch_size={len(self.data)} or less"
             )
         if settings.batch_size % distributed.world():
             raise UserError(

@@ -359,6 +359,19 @@ def test_images_that_a_run_was_trained_on_are_not_measured(folder: Path) -> None
     assert (figures["data"], figures["images"]) == ("test.npz", 24)
 
 
+def test_a_folder_of_pngs_is_trained_on_and_known_again(folder: Path) -> None:
+    Path("pngs").mkdir()
+    for i, image in enumerate(scenes(24)["images"]):
+        Image.fromarray(image).save(f"pngs/{i:02}.png")
+    succeeded(TRAIN.replace("data.npz", "pngs"))
+    assert load("runs/lavae-pngs-seed0").model.image_shape == (1, 32, 32)  # no pixel has a colour
+    Path("pngs").rename("moved")
+    line = "--particles 2 --max-objects 99 --json new.json"
+    succeeded(f"svi-eval runs/lavae-pngs-seed0 --data moved {line}")
+    figures = json.loads(Path("new.json").read_text())
+    assert (figures["data"], figures["images"]) == ("moved, held out", 1)
+
+
 def test_a_run_that_saved_nothing_yet_is_begun_again(folder: Path) -> None:
     Path("run/checkpoint.pt").unlink()
     succeeded(f"{TRAIN} --out run")
