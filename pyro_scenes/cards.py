@@ -304,7 +304,7 @@ def images_error(figures: list[dict]) -> str:
 
 def correspondence(content: dict, figures: list[dict]) -> str:
     """Category correspondence over seeds, and how many categories there are if more than labels."""
-    text, classes = spread(figures, "category_correspondence", 4), content["settings"]["net"]
-    labels = len(DATASETS[content["settings"]["data"]].class_names)
-    more = text != "-" and classes["classes"] > labels
-    return f"{text} ({classes['classes']} categories for {labels})" if more else text
+    text, settings = spread(figures, "category_correspondence", 4), content["settings"]
+    classes, labels = settings["net"].get("classes", 0), DATASETS[settings["data"]].class_names
+    more = text != "-" and classes > len(labels)
+    return f"{text} ({classes} categories for {len(labels)})" if more else text

@@ -186,7 +186,7 @@ def test_the_shipped_table_has_a_row_a_checkpoint(runs: list[Path], tmp_path: Pa
     )
     assert headings == [
         "checkpoint", "seeds", "count right", "count right, 7 objects", "correspondence",
-        "-log p(x) <=", "training, minutes",
+        "-log p(x) <=", "its error over images", "training, minutes",
     ]
     assert set(rule) == {"---"} and first[0].startswith("[tiny](") and first[1] == "2"
     assert first[3] != "-" == first[4] and first[5].endswith("(bernoulli)")

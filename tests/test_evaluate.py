@@ -154,9 +154,11 @@ def test_what_cannot_be_measured_is_none() -> None:
 
 def test_inference_of_a_data_set_is_that_of_its_batches(monkeypatch) -> None:
     model, data = dots()
-    whole, map_of_all = evaluate.infer(model, data)
+    whole, map_of_all = evaluate.infer(model, data, segment=True)
     monkeypatch.setattr(evaluate, "BATCH", 1)
-    parts, map_in_parts = evaluate.infer(model, data)
+    parts, map_in_parts = evaluate.infer(model, data, segment=True)
+    unsegmented, nothing = evaluate.infer(model, data)
+    assert nothing is None and unsegmented.to_json() == parts.to_json()
     assert whole.to_json() == parts.to_json() and torch.equal(map_of_all, map_in_parts)
     assert whole.counts.tolist() == [0, 1, 2, 2]
     assert map_of_all[0].eq(0).all() and map_of_all.amax((1, 2)).tolist() == [0, 1, 2, 2]
@@ -175,7 +177,7 @@ def test_a_look_is_the_one_sample_bound_and_the_count_accuracy() -> None:
 def test_no_images_are_refused() -> None:
     model, data = dots()
     empty: dict[str, Any]
-    for empty in ({"data": data[:0]}, {"data": data, "images": 0}, {"data": data, "nll_images": 0}):
+    for empty in ({"data": data[:0]}, {"data": data, "nll_images": 0}):
         with pytest.raises(UserError, match="no images"):
             evaluate.evaluate(model, **empty)
 
