@@ -278,7 +278,11 @@ def _comments(part: type) -> dict[str, str]:
     """The comments above and beside each field of a dataclass, "" for none."""
     said: dict[str, str] = {}
     above: list[str] = []
-    for line in inspect.getsource(part).splitlines():
+    try:
+        source = inspect.getsource(part)
+    except (OSError, TypeError):  # written in a notebook or a shell
+        source = ""
+    for line in source.splitlines():
         code, _, comment = line.partition("# ")
         if code.strip():
             said[code.partition(":")[0].strip()] = " ".join([*above, comment]).strip()

@@ -1,15 +1,16 @@
 """Settings by name: which part they are of, what they are, and which values they take."""
 
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from pyro_scenes import cli, sweep
-from pyro_scenes.config import RunConfig, find, make_config, settings, spelled
+from pyro_scenes.config import CHOICES, RunConfig, find, make_config, settings, spelled
 from pyro_scenes.errors import UserError
 from pyro_scenes.models import MODELS
+from pyro_scenes.training import OPTIMIZERS
 
 COMMON = {"data": "multi-dsprites", "preset": "fast", "steps": None, "settings": (), "images": 2,
           "particles": 1, "device": "cpu", "mnist": None}
@@ -60,10 +61,23 @@ def test_every_setting_is_listed_with_its_value_and_a_word(model: str) -> None:
             assert find(config, name)[0] == part
 
 
+def test_an_optimizer_that_may_be_named_is_there() -> None:
+    assert set(CHOICES["optimizer"]) == set(OPTIMIZERS)
+
+
 def test_a_comment_above_a_setting_is_its_own() -> None:
     listed = settings(make_config("lavae", "multi-dsprites"))["schedule"]
     assert listed["location_decay"][1].startswith("Steps over which the location map's falls")
     assert listed["temperature"][1] == "of the places' Gumbel-softmax gradient"
+
+
+def test_settings_without_a_source_are_listed_without_words(monkeypatch) -> None:
+    """As those of a model that is written in a notebook's cell."""
+    written = make_dataclass("Written", [("latent", int, 3)], frozen=True)
+    monkeypatch.setitem(MODELS, "written", (None, {"fast": written()}, {}))
+    assert settings(make_config("written", "multi-dsprites"))["net"] == {"latent": (3, "")}
+    with pytest.raises(UserError, match="no setting is called 'nope'; there are steps"):
+        make_config("written", "multi-dsprites", settings=["nope=1"])
 
 
 def test_settings_are_shown_as_the_command_has_them(tmp_path: Path, monkeypatch) -> None:
