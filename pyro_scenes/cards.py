@@ -248,10 +248,10 @@ def _card(content: dict) -> str:
 
 def _launcher(runs: list[dict]) -> str:
     """What a command begins with to have the processes that all of these runs had, if several."""
-    numbers = {match and match[1] for run in runs
-               for match in [re.search(r", (\d+) processes$", run["machine"])]}
-    number = numbers.pop() if len(numbers) == 1 else None
-    return f"torchrun --nproc-per-node {number} " if number else ""
+    first, *others = (re.findall(r", (\d+) processes$", run["machine"]) for run in runs)
+    if not first or any(numbers != first for numbers in others):
+        return ""
+    return f"torchrun --nproc-per-node {first[0]} "
 
 
 def _measured(label: str, figures: dict) -> str:

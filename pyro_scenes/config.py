@@ -75,7 +75,8 @@ LEAST = {
 # What would take memory or time without end if it were larger, whoever asks for it.
 MOST = {
     "grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999, "looks": 100,
-    "rounds": 100, "beta2": 0.999999, "location_every": 16,
+    "rounds": 100, "beta2": 0.999999,
+    "location_every": 16,  # as calibration.END has it
     # Parts of a training.
     **dict.fromkeys(("beta_full", "decay_from", "fit_from", "rest_from"), 1.0),
 }
@@ -112,8 +113,7 @@ class RunConfig:
         for part in RunConfig.parts:
             for name, value in vars(getattr(self, part)).items():
                 if value != getattr(getattr(usual, part), name):
-                    text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                    words += ["--set", f"{spelled(self, part, name)}={text}"]
+                    words += ["--set", f"{spelled(self, part, name)}={written(value)}"]
         return shlex.join([*words, "--seed", str(seed)])
 
     @staticmethod
@@ -238,10 +238,7 @@ def find(config: RunConfig, name: str) -> tuple[str, str]:
     :raises UserError: if there is none, or one in several parts.
     """
     given, dot, bare = name.rpartition(".")
-    parts = [
-        part for part in RunConfig.parts
-        if bare in _kinds(getattr(config, part).__class__) and given in ("", part)
-    ]
+    parts = [part for part in _having(config, bare) if given in ("", part)]
     if not parts or dot and not given:
         names = [name for names in settings(config).values() for name in names]
         raise UserError(f"no setting is called {name!r}; there are {', '.join(names)}")
@@ -253,8 +250,17 @@ def find(config: RunConfig, name: str) -> tuple[str, str]:
 
 def spelled(config: RunConfig, part: str, name: str) -> str:
     """How a setting is called: with its part where another has one of the same name."""
-    several = sum(name in _kinds(getattr(config, part).__class__) for part in RunConfig.parts) > 1
-    return f"{part}.{name}" if several else name
+    return f"{part}.{name}" if len(_having(config, name)) > 1 else name
+
+
+def written(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _having(config: RunConfig, name: str) -> list[str]:
+    """The parts that have a setting of that name."""
+    return [part for part in RunConfig.parts if name in _kinds(getattr(config, part).__class__)]
 
 
 def _with(config: RunConfig, part: str, name: str, value: Any) -> RunConfig:

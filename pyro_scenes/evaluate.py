@@ -34,13 +34,13 @@ def infer(
     """
     device = next(model.parameters()).device
 
-    def inferred(part: slice) -> tuple[Scene, list[Tensor]]:
+    def inferred(part: slice) -> tuple[Scene, Tensor | None]:
         scene = model.infer(data.batch(part).to(device), limit)
-        owners = [model.segment(scene, FAINT).to(torch.int16).cpu()] if segment else []
+        owners = model.segment(scene, FAINT).to(torch.int16).cpu() if segment else None
         return scene.to("cpu"), owners
 
     scenes, owners = zip(*distributed.mapped(inferred, batches(data)), strict=True)
-    return Scene.concatenate(list(scenes)), torch.cat(sum(owners, [])) if segment else None
+    return Scene.concatenate(list(scenes)), torch.cat(owners) if segment else None
 
 
 def batches(data: SceneData) -> list[slice]:

@@ -56,8 +56,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     :raises UserError: if there is anything already.
     """
-    if path.exists():
-        raise UserError(f"{path} exists: give the folder another name")
+    check_absent(path)
     temporary = _unfinished(path, str(os.getpid()))
     try:
         temporary.mkdir(parents=True)
@@ -68,6 +67,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_absent(folder: Path) -> None:
+    """:raises UserError: if there is anything where a new folder is to be."""
+    if folder.exists():
+        raise UserError(f"{folder} exists: give the folder another name")
 
 
 def remove_unfinished(path: Path) -> None:

@@ -259,9 +259,11 @@ def unseen(
         return load(data, images=images, objects=objects, mnist=mnist)
     scenes, own = load(data, objects=objects), trained.config.data
     used = (trained.training or {}).get("images")
-    if (used != scenes.digest()) if used else (
-        own in DATASETS or Path(data).resolve() != Path(own).resolve()
-    ):
+    if used:
+        same = used == scenes.digest()
+    else:
+        same = own not in DATASETS and Path(data).resolve() == Path(own).resolve()
+    if not same:
         return scenes[:images]
     return replace(split_held_out(scenes)[1][:images], name=f"{scenes.name}, held out")
 

@@ -55,11 +55,10 @@ NOTES = (
     " seed's bound, and of how many images. mixture:K is p(z_app), N(0, I) in the paper: a mixture"
     " of K, about one for each object that the data's are drawn from, fitted to training scenes."
     " It takes nats off and has no part in counts ([what it gains](RUNS.md#what-shipped))."
-    " Correspondence"
-    " gives each category a label of its own, wherever objects are; purity any, of objects matched"
-    " by place, so where there are more categories than labels it is purity that says how pure"
-    " they are. ARI is of the foreground. Seconds are of counts, places, categories and"
-    " segmentations, of the shipped weights on the machine that ran the suite."
+    " Correspondence gives each category a label of its own, wherever objects are; purity any, of"
+    " objects matched by place, so where there are more categories than labels it is purity that"
+    " says how pure they are. ARI is of the foreground. Seconds are of counts, places, categories"
+    " and segmentations, of the shipped weights on the machine that ran the suite."
 )
 
 

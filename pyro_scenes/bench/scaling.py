@@ -129,9 +129,9 @@ def table(result: dict) -> str:
             f"{one['step']['median'] / step:.2f}", exchange, f"{1e3 * image:.0f}",
             f"{one['image'] / image:.2f}",
         ))
-    # Processes of machines as this one, a process each, in the fastest way that it has.
     links = ("link", *(f"exchange of {n}, ms" for n in MANY),
              *(f"{n}: times as fast" for n in MANY))
+    # Each machine in the fastest way that this one has.
     alone = min(row["step"]["median"] for row in result["rows"])
     reckoned = [
         (f"{name}, {1e-9 * rate:g} GB/s", *(f"{1e3 * _exchange(n, rate, one):.3g}" for n in MANY),

@@ -18,7 +18,6 @@ from pyro_scenes.cli.options import (
     seed_option,
     version_option,
 )
-from pyro_scenes.errors import UserError
 
 
 @click.command("svi-infer", cls=Command)
@@ -75,9 +74,10 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
     from pyro_scenes import pictures, plots, report, swaps
     from pyro_scenes.data import SceneData, save_npz
     from pyro_scenes.evaluate import infer as find
+    from pyro_scenes.files import check_absent
 
-    if graph == "graphml" and out and out.exists():  # whatever --force says
-        raise UserError(f"{out} exists: give the folder another name")
+    if graph == "graphml" and out:  # whatever --force says
+        check_absent(out)
     report.claim([out], wanted.values(), force)
     trained = checkpoints.load(checkpoint, device)
     model = trained.model

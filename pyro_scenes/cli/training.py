@@ -85,14 +85,13 @@ def train(model: str, data: str, preset: str, steps: int | None, seed: int, devi
 
 def _listed(config: RunConfig) -> str:
     """A line for each setting: its name and value, and what it is."""
-    from pyro_scenes.config import settings
+    from pyro_scenes.config import settings, written
 
     lines: list[str] = []
     for part, found in settings(config).items():
         lines += ["", f"{part}:"] if lines else [f"{part}:"]
         for name, (value, comment) in found.items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            lines.append(f"  {f'{name}={text}':36}  {comment}".rstrip())
+            lines.append(f"  {f'{name}={written(value)}':36}  {comment}".rstrip())
     return "\n".join(lines)
 
 

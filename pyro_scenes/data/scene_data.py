@@ -114,7 +114,9 @@ class SceneData:
 
     def digest(self) -> str:
         """What tells these images from others: the beginning of their SHA-256."""
-        return hashlib.sha256(f"{self.shape}".encode() + self.pixels.tobytes()).hexdigest()[:12]
+        found = hashlib.sha256(f"{self.shape}".encode())
+        found.update(np.ascontiguousarray(self.pixels).data)
+        return found.hexdigest()[:12]
 
     def __getitem__(self, index: Index) -> SceneData:
         """The scenes at `index` with all their truth; an int gives a data set of one.
