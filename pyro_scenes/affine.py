@@ -3,7 +3,8 @@
 T^d = T_st T_r T_k (eq. 1) takes window coordinates to image coordinates, and its inverse T^e =
 T_k^-1 T_r^-1 T_st^-1 takes them back. Both squares go from -1 to 1, edge to edge, x to the right
 and y down; the scale is the window's part of the image, and a positive angle turns clockwise as
-displayed.
+displayed. An image is resampled once, by the product; the paper's attention passes it through two
+transformers in turn, one for scale and translation and one for rotation and shear (C.1).
 
 ========  ============  ==================================================
 symbol    column        meaning

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pyro_scenes import checkpoint, pictures, plots
+from pyro_scenes import checkpoint, pictures, plots, tables
 from pyro_scenes.checkpoint import Checkpoint
 from pyro_scenes.config import RunConfig
 from pyro_scenes.data import DATASETS
@@ -116,32 +115,19 @@ def table(folder: Path = checkpoint.SHIPPED) -> str:
         rows.append((
             f"[{content['name']}](pyro_scenes/checkpoints/{content['name']}.md)",
             str(len(runs)),
-            spread(figures, "count_accuracy", 4),
-            spread(labelled.get(CROWDED_LABEL, []), "count_accuracy", 4),
+            tables.spread(figures, "count_accuracy", 4),
+            tables.spread(labelled.get(CROWDED_LABEL, []), "count_accuracy", 4),
             correspondence(content, figures),
-            bound(figures),
-            images_error(figures),
+            tables.bound(figures),
+            tables.images_error(figures),
             f"{statistics.mean(run['training_seconds'] for run in runs) / 60:.0f}",
         ))
-    return "\n".join(table_lines(headings, rows))
+    return "\n".join(tables.lines(headings, rows))
 
 
 def by_label(runs: list[dict]) -> dict[str, list[dict]]:
     """The figures of all seeds by the label of what they were measured on, its own data first."""
     return {label: [run["figures"][label] for run in runs] for label in runs[0]["figures"]}
-
-
-def table_lines(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], keep: int | None = None
-) -> list[str]:
-    """The lines of a Markdown table.
-
-    :param keep: leave columns that apply to no row out, but for the first so many; None: keep all.
-    """
-    used = [i for i in range(len(headings))
-            if keep is None or i < keep or any(row[i] != "-" for row in rows)]
-    lines = (headings, ["---"] * len(headings), *rows)
-    return ["| " + " | ".join(row[i] for i in used) + " |" for row in lines]
 
 
 def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
@@ -231,16 +217,16 @@ def _card(content: dict) -> str:
         likelihood = figures[0]["likelihood"]
         headings = ["seed", *(heading.format(likelihood=likelihood) for heading, _, _ in columns)]
         rows = [
-            [str(run["seed"]), *(number(row[key], digits) for _, key, digits in columns)]
+            [str(run["seed"]), *(tables.number(row[key], digits) for _, key, digits in columns)]
             for run, row in zip(runs, figures, strict=True)
         ]
-        means = ["mean +- sd", *(spread(figures, key, digits) for _, key, digits in columns)]
+        means = ["mean +- sd", *(tables.spread(figures, key, digits) for _, key, digits in columns)]
         if label == own:
             headings.append("training, minutes")
             for run, cells in zip(runs, rows, strict=True):
                 cells.append(f"{run['training_seconds'] / 60:.1f}")
             means.append("")
-        lines += table_lines(headings, [*rows, means])
+        lines += tables.lines(headings, [*rows, means])
     lines += ["", " ".join(note for key, note in NOTES.items() if key in used)]
     lines += ["", f"Trained on: {'; '.join(sorted({run['machine'] for run in runs}))}.", ""]
     return "\n".join(lines)
@@ -269,42 +255,9 @@ def _measured(label: str, figures: dict) -> str:
     return text
 
 
-def number(value: float | None, digits: int) -> str:
-    """A figure to print; "-" for none."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def known(figures: list[dict], key: str) -> list[float]:
-    """One figure of each seed, of those that have it."""
-    return [figure[key] for figure in figures if figure.get(key) is not None]
-
-
-def spread(figures: list[dict], key: str, digits: int) -> str:
-    """Mean +- standard deviation over seeds."""
-    values = known(figures, key)
-    if not values:
-        return "-"
-    mean = number(statistics.mean(values), digits)
-    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def bound(figures: list[dict]) -> str:
-    """The bound on -log p(x) over seeds, nats, with the likelihood it is under."""
-    text = spread(figures, "nll", 1)
-    return text if text == "-" else f"{text} ({figures[0]['likelihood']})"
-
-
-def images_error(figures: list[dict]) -> str:
-    """The standard error over images of that bound, nats, of a seed, and of how many images."""
-    errors = known(figures, "nll_stderr")
-    if not errors:
-        return "-"
-    return f"{statistics.mean(errors):.1f} of {figures[0]['nll_images']:,}"
-
-
 def correspondence(content: dict, figures: list[dict]) -> str:
     """Category correspondence over seeds, and how many categories there are if more than labels."""
-    text, settings = spread(figures, "category_correspondence", 4), content["settings"]
+    text, settings = tables.spread(figures, "category_correspondence", 4), content["settings"]
     classes, labels = settings["net"].get("classes", 0), DATASETS[settings["data"]].class_names
     more = text != "-" and classes > len(labels)
     return f"{text} ({classes} categories for {len(labels)})" if more else text

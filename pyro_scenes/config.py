@@ -40,7 +40,8 @@ LAVAE_PAPER = TrainConfig(
     steps=100_000, optimizer="adamax", beta2=0.999, clip=0.0, precision="float32", eval_every=1000
 )
 AIR_PAPER = TrainConfig(
-    steps=375_000, beta2=0.999, precision="float32", eval_every=1000  # 300 epochs of 80,000
+    steps=375_000, beta2=0.999, precision="float32", eval_every=1000,
+    # 300 epochs (C.4) of 80,000 of the 90,000 images: how many train is not said.
 )
 # model name -> settings by preset; a model without an entry has the defaults
 TRAINING = {

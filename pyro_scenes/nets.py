@@ -302,7 +302,10 @@ class LoneBatchNorm1d(nn.BatchNorm1d):
 
 
 class _PlainResidualBlock(nn.Module):
-    """The last residual block, without normalisation and final activation (appendix B)."""
+    """The last residual block, without normalisation and final activation (appendix B).
+
+    The paper leaves open whether an activation stays between its convolutions; here one does.
+    """
 
     def __init__(self, channels: int):
         super().__init__()

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pyro_scenes import cards, checkpoint, report, training
+from pyro_scenes import checkpoint, report, tables, training
 from pyro_scenes.config import RunConfig, find, make_config, spelled
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
@@ -314,7 +314,7 @@ def _spread(rows: list[dict[str, Any]]) -> dict[str, Any]:
     figures = [row["figures"] for row in done]
     found: dict[str, Any] = {"figures": {}, "reached": {}}
     for _, key, _ in COLUMNS:
-        values = cards.known(figures, key)
+        values = tables.known(figures, key)
         if values:
             found["figures"][key] = {
                 "mean": statistics.mean(values),
@@ -337,7 +337,7 @@ def table(result: dict[str, Any]) -> str:
     for entry in result["settings"]:
         row = [entry["setting"], f"{entry['done']} of {len(entry['seeds'])}"]
         figures = [done["figures"] for done in entry["seeds"] if "figures" in done]
-        row += [cards.spread(figures, key, digits) for _, key, digits in COLUMNS]
+        row += [tables.spread(figures, key, digits) for _, key, digits in COLUMNS]
         for level in LEVELS:
             met = entry["reached"].get(f"{level:.1%}")
             few = f" ({met['seeds']} seeds)" if met and met["seeds"] < entry["done"] else ""
@@ -345,7 +345,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{met['steps']:,.0f} steps, {met['seconds']:,.0f} s{few}" if met else "-"
             )
         rows.append(row)
-    lines = cards.table_lines(headings, rows, keep=2)
+    lines = tables.lines(headings, rows, keep=2)
     for entry in result["settings"]:
         for row in entry["seeds"]:
             if row["error"]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pyro_scenes import cards, checkpoint, cli, report, suite
+from pyro_scenes import cards, checkpoint, cli, report, suite, tables
 from pyro_scenes.config import make_config
 from pyro_scenes.data import load, save_npz
 from pyro_scenes.errors import UserError
@@ -283,9 +283,9 @@ def test_a_bound_has_both_of_its_errors() -> None:
     """Over seeds, and over the images of one, of which there may be few."""
     figures = [{"nll": nll, "nll_stderr": error, "nll_images": 1200, "likelihood": "bernoulli"}
                for nll, error in ((70.0, 3.0), (72.0, 5.0))]
-    assert cards.bound(figures) == "71.0 +- 1.4 (bernoulli)"
-    assert cards.images_error(figures) == "4.0 of 1,200"
-    assert cards.images_error([{"nll": None, "nll_stderr": None}]) == "-"
+    assert tables.bound(figures) == "71.0 +- 1.4 (bernoulli)"
+    assert tables.images_error(figures) == "4.0 of 1,200"
+    assert tables.images_error([{"nll": None, "nll_stderr": None}]) == "-"
 
 
 @pytest.mark.parametrize("classes,said", [(3, "0.4500 +- 0.0707"),

@@ -17,9 +17,8 @@ from pathlib import Path
 import pyro
 import torch
 
-from pyro_scenes import bounds, checkpoint, distributed
+from pyro_scenes import bounds, checkpoint, distributed, tables
 from pyro_scenes.bench.turns import spread
-from pyro_scenes.cards import table_lines
 from pyro_scenes.config import make_config
 from pyro_scenes.errors import UserError
 from pyro_scenes.machine import machine
@@ -143,10 +142,10 @@ def table(result: dict) -> str:
         f" medians of {result['steps']} steps of the warm-up, which are dearer than those after it."
         f" A gradient has {one['gradient'] / 1e6:.1f} MB; an evaluation is of {PARTICLES} particles"
         " an image.", "",
-        *table_lines(headings, rows), "",
+        *tables.lines(headings, rows), "",
         "What follows for N machines such as this one, by the arithmetic below and at rates that"
         " are assumed:", "",
-        *table_lines(links, reckoned),
+        *tables.lines(links, reckoned),
     ])
 
 

@@ -3,6 +3,8 @@
 The mean of the image is the canvas after T steps (Discrete-AIR, appendix C.1)::
 
     C_t = C_{t-1} + z_pres_1 ... z_pres_t ST(template_t, T^d(z_where_t))
+
+where the paper has z_pres_t alone, which is the same unless z_pres is relaxed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Discrete-AIR: categories, attributes, affine places, presence (Wang, Jamnik and Lio, 2019).
+"""Discrete-AIR: categories, attributes, affine places, presence.
+
+Wang, Jamnik and Lio, "Unsupervised extraction of interpretable graph representations from
+multiple-object scenes" (2019); sections, equations and appendices are that paper's.
 
 The joint density, for T steps; object t is there while all z_pres up to t are 1, and the sites of
 objects that are not count nothing::
@@ -37,7 +40,8 @@ more with the exact gradient, and 0.95 and 0.87 times its length at temperature 
 should, or not at all (tests/test_gradients.py). No gradient passes through C_t into what the guide
 draws later: of two objects or more that of the continuous sites lacks this term.
 
-Where the fast preset leaves the paper's guide, and why; the model is the paper's:
+Where the fast preset leaves the paper's guide, and why. The model is the paper's but for its
+decoder, which is fully connected, and for one scale of both sides where shapes have one size:
 
 - It looks before it regresses: the LSTM reads a glimpse round the place with most unexplained
   ink, and z_where is relative to it. Regressing a position from a flat picture is the slow part.
@@ -153,7 +157,7 @@ SUITED = {
         "multi-mnist": DIGITS | GREY,
         "multi-mnist-10k": DIGITS | BINARY,
     },
-    # 420 epochs of 50,000 images, which the LSTM reads as they are (C.1, C.4).
+    # 420 epochs (C.4) of 50,000 of the 60,000 images, which the LSTM reads as they are (C.1).
     "paper": {"multi-mnist": DIGITS | {"window": 32, "embedding": False, "steps": 328_125}},
 }
 

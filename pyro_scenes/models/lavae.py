@@ -18,7 +18,9 @@ x         (B, C, H, W)   binary image, C = 1 or 3
 n         (B,)           number of objects, 0..M
 z_loc_i   (B, D)         one-hot place of the centre of object i
 z_app_i   (B, L)         appearance of object i
-h_loc     (B, H, W)      heights of the location map; the logits are gamma * h_loc
+h_loc     (B, H, W)      heights of the location map; the logits are gamma * h_loc (the paper
+                         calls both h_loc; here it is what the network makes, which the
+                         warm-up compares with the KL map)
 gamma     scalar         in proportion to log(D) (appendix B, "Rescaling location logits")
 lambda    (B, C, H, W)   mean of the image
 ========  =============  =======================================================================

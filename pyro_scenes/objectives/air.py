@@ -78,7 +78,10 @@ class Rescue(nn.Module):
 
 
 class DiscreteAIRObjective(Objective):
-    """The ELBO with relaxed z_cat and z_pres, in guide and prior (section 2.3, appendix C).
+    """The ELBO with relaxed z_cat and z_pres (section 2.3, appendix C).
+
+    Relaxed in the prior too, so that its density is one of what is drawn; C.2 has a categorical one
+    for z_cat.
 
     z_cat is exact in the fast preset: what its guide chooses by learns from the likelihood alone.
     The divergence is by the draw, of the normal sites too; the paper needs that for the relaxed.

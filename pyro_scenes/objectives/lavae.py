@@ -82,6 +82,7 @@ PAPER = LAVAESchedule(
     ramp=0,
     decay_from=1.0,
     location_decay=100_000,
+    auxiliary_learning_rate=1e-3,
     temperature=0.5,
     temperature_end=0.02,
     temperature_steps=100_000,

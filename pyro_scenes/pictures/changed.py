@@ -27,7 +27,8 @@ ATTRIBUTE_REACH = 2.0  # how far attributes of templates go
 def templates(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """The template of each category, with a row for each attribute as it varies if it has any.
 
-    Discrete-AIR's figures 6 and 7. The images serve to tell what the model's objects are made of.
+    What Discrete-AIR's figures 6 and 7 show in scenes. The images serve to tell what the model's
+    objects are made of.
 
     Raises:
         UserError: the model has no categories.

@@ -26,7 +26,7 @@ ARROWS = "\u2192\u2198\u2193\u2199\u2190\u2196\u2191\u2197"
 def inference(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """Input, reconstruction, inferred locations and sprites of the first IMAGES images.
 
-    LAVAE's figures 1, 5 and 8; Discrete-AIR's figure 3. Of a model without objects, the first two.
+    LAVAE's figures 1 and 5; Discrete-AIR's figure 3. Of a model without objects, the first two.
     """
     images = images[:IMAGES]
     if not isinstance(model, SceneModel):

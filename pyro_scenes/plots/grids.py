@@ -42,7 +42,7 @@ def traversal_figure(
     headings: Sequence[str] | None = None,
     outlined: Scene | None = None,
 ) -> Figure:
-    """Show rows of images in which one latent variable changes: figures 3 and 7 of the LAVAE paper.
+    """Show rows of images in which one latent variable changes: LAVAE's figures 3, 7, 8 and 11.
 
     So are templates and their attributes, and images drawn step by step: figures 6 to 9 of the
     Discrete-AIR paper.
@@ -65,7 +65,7 @@ def traversal_figure(
 
 
 def swap_figure(before: ArrayLike, after: ArrayLike) -> Figure:
-    """Show (B, C, H, W) reconstructions above the same with objects swapped: figure 6 of LAVAE.
+    """Show (B, C, H, W) reconstructions above the same with objects swapped, as LAVAE's figure 6.
 
     Raises:
         ValueError: also where before and after differ in shape.

@@ -42,7 +42,7 @@ def inference_figure(
     scenes: Scene | None = None,
     sprites: ArrayLike | None = None,
 ) -> Figure:
-    """Show what was inferred from images: figures 1, 5 and 8 of the LAVAE paper.
+    """Show what was inferred from images: figures 1 and 5 of the LAVAE paper.
 
     A row per image: input; reconstruction, with the inferred count in its corner and a box round
     each object, in the colour of its category if it has one, as in figure 3 of the Discrete-AIR
