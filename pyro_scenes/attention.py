@@ -37,7 +37,9 @@ class InkPeak(nn.Module):
         """:param difference: (N, C, H, W), image less canvas. :param found: of (N, 2), as returned.
         :return: (N, 2), x and y from -1 to 1 across the image.
         """
-        ink = F.avg_pool2d(difference.clamp(min=0).sum(1, keepdim=True), 2, ceil_mode=True)
+        ink = difference.clamp(min=0).sum(1, keepdim=True)
+        # Of an odd side the last pixel shares its cell with nothing: else its ink would be doubled.
+        ink = F.avg_pool2d(F.pad(ink, (0, ink.shape[-1] % 2, 0, ink.shape[-2] % 2)), 2)
         reach, kernel = len(self.kernel) // 2, self.kernel[None, None]
         heat = F.conv2d(ink, kernel[..., None, :], padding=(0, reach))
         heat = F.conv2d(heat, kernel[..., None], padding=(reach, 0)).squeeze(1)  # (N, h, w)

@@ -34,6 +34,9 @@ from pyro_scenes.models import GenerativeModel
 # Particles times images at a time. On a CPU, larger tensors than those of so many images are memory
 # that the system gives and takes back at every operation, which takes as long as the arithmetic.
 CHUNKS = {"cpu": 100, "cuda": 1000}
+# Nats that stand for an infinite number of them: what an image costs whose count cannot be, which a
+# presence gives priors.NEVER for, and a count -inf.
+IMPOSSIBLE = 1e20
 RECONSTRUCTION = "reconstruction"
 
 
@@ -73,6 +76,11 @@ def applies(model: GenerativeModel, data: SceneData) -> bool:
     return data.binary or not model.likelihood.binary
 
 
+def scaled(number: int, data: SceneData) -> int:
+    """So many images at a time, or fewer of images larger than 64 x 64, which take more memory."""
+    return max(1, min(number, number * 64**2 // math.prod(data.shape[:2])))
+
+
 def sizes(particles: int) -> tuple[int, ...]:
     """The powers of ten below the number of particles, and that number.
 
@@ -106,7 +114,7 @@ def estimate(
     bounds = torch.stack([groups.bound() for groups in running])
     total = bounds[-1] + math.log(particles)
     # Where all weights are 0 their logarithms are infinite, and the difference is no number.
-    effective = (2 * total - squares).exp().nan_to_num(0.0)
+    effective = (2 * total - squares).exp().nan_to_num(0.0).masked_fill(total < -IMPOSSIBLE, 0.0)
     return Estimate(sizes(particles), bounds, effective, split)
 
 
@@ -131,8 +139,8 @@ def measure(
     >>> list(found.split)
     ['reconstruction', 'z_pres', 'z_where', 'z_what']
     """
-    device = next(model.parameters()).device
-    chunk = chunk or CHUNKS[device.type]
+    device = model.device
+    chunk = chunk or scaled(CHUNKS[device.type], data)
     size = max(1, chunk // particles)
     keep_memory()
     silent = not progress or distributed.rank() > 0

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from pyro_scenes.bounds import CHUNKS
 from pyro_scenes.errors import UserError
+from pyro_scenes.machine import seeded
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.objectives import Objective
 
@@ -64,16 +65,15 @@ def measure(
     progress: bool = False,
 ) -> Ranks:
     """Draw scenes from a model, and rank each among the draws of its guide."""
-    device = next(model.parameters()).device
+    device = model.device
     size = max(1, CHUNKS[device.type] // draws)
     values: list[dict[str, Tensor]] = []
     counts: list[Tensor] = []
     given: list[Tensor] = []
     with (
-        torch.random.fork_rng(), pyro.validation_enabled(False),
+        seeded(seed, model.device), pyro.validation_enabled(False),
         tqdm(total=scenes, desc="scenes", unit="scene", disable=not progress) as bar,
     ):
-        torch.manual_seed(seed)
         for start in range(0, scenes, size):
             truth, x = simulate(model, min(size, scenes - start))
             with pyro.plate("particles", draws, dim=-2):
@@ -99,7 +99,7 @@ def measure(
 
 def simulate(model: GenerativeModel, count: int) -> tuple[poutine.Trace, Tensor]:
     """Scenes from the model: their trace, and images with the likelihood's noise (B, C, H, W)."""
-    device = next(model.parameters()).device
+    device = model.device
     dtype = next(model.parameters()).dtype
     blank = torch.zeros(count, *model.image_shape, device=device, dtype=dtype)
     trace = poutine.trace(poutine.uncondition(model.model)).get_trace(blank)
@@ -180,9 +180,8 @@ def train(
     :param objective: of the model's training, see `objectives`; all that it anneals is at its end.
     :raises UserError: if the loss is not finite.
     """
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(), pyro.validation_enabled(False), _still(model) as learning:
-        torch.manual_seed(seed)
+    device = model.device
+    with seeded(seed, device), pyro.validation_enabled(False), _still(model) as learning:
         optimizer = torch.optim.Adam(learning, RATE)
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         objective.modules.to(device)

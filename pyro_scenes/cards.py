@@ -133,7 +133,7 @@ def by_label(runs: list[dict]) -> dict[str, list[dict]]:
 def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
     """Inferred test scenes with objects, two of them of each kind that is not the training's."""
     model = trained.model
-    sets = held_out(model, trained.config.data, 40, mnist)
+    sets = held_out(trained, 40, mnist)
     batches = []
     for i, data in enumerate(sets.values()):
         assert data.counts is not None
@@ -184,7 +184,7 @@ def _measure(
                 nll_images=nll_images,
                 limit=math.inf,
             )
-            for label, data in held_out(trained.model, trained.config.data, images, mnist).items()
+            for label, data in held_out(trained, images, mnist).items()
         },
     }
     write_json(kept, entry)

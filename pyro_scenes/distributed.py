@@ -230,7 +230,7 @@ class Loss(nn.Module):
         self.objective, self.model, self.others = objective, model, objective.modules
         # DistributedDataParallel is told to look for parameters without a gradient, and complains
         # about a step in which it finds none.
-        self.idle = nn.Parameter(torch.zeros(1))
+        self.idle = nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))
 
     def forward(self, x: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
         return self.objective.loss(self.model, x, step)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_scenes import bounds, distributed, metrics
 from pyro_scenes.data import SceneData, entropy_of
 from pyro_scenes.errors import UserError
+from pyro_scenes.machine import seeded
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
@@ -21,8 +22,6 @@ BATCH = 256  # images of 64 x 64 inferred at a time
 # What an object must add to a pixel to be its owner, of 1. Little: the index asks whose a pixel of
 # the foreground is, and thin strokes that a model is not sure of have low means.
 FAINT = 0.02
-# Nats that stand for an infinite number of them: what an image costs whose count cannot be.
-IMPOSSIBLE = 1e20
 
 
 def infer(
@@ -32,7 +31,7 @@ def infer(
 
     :raises UserError: if an image shows more objects than the limit.
     """
-    device = next(model.parameters()).device
+    device = model.device
 
     def inferred(part: slice) -> tuple[Scene, Tensor | None]:
         scene = model.infer(data.batch(part).to(device), limit)
@@ -46,7 +45,7 @@ def infer(
 def batches(data: SceneData) -> list[slice]:
     """Parts of a data set that are small enough to be inferred at once, whatever its images' size.
     """
-    size = max(1, min(BATCH, BATCH * 64**2 // math.prod(data.shape[:2])))
+    size = bounds.scaled(BATCH, data)
     return [slice(start, start + size) for start in range(0, len(data), size)]
 
 
@@ -119,8 +118,7 @@ def evaluate(
     if isinstance(model, SceneModel):
         result |= _scene_figures(model, data, limit)
     if particles and bounds.applies(model, data):
-        with torch.random.fork_rng(), pyro.validation_enabled(False):
-            torch.manual_seed(seed)
+        with seeded(seed, model.device), pyro.validation_enabled(False):
             each = seed if chunk_seeds or distributed.world() > 1 else None
             found = bounds.measure(model, data[:nll_images], particles, chunk, progress, each)
         result |= _likelihood_figures(found)
@@ -132,7 +130,7 @@ def evaluate(
 
 def _likelihood_figures(found: bounds.Estimate) -> dict:
     images = found.bounds.shape[1]
-    nats = found.bounds.masked_fill(found.bounds < -IMPOSSIBLE, -math.inf)
+    nats = found.bounds.masked_fill(found.bounds < -bounds.IMPOSSIBLE, -math.inf)
     curve = [
         {
             "particles": size,
@@ -155,7 +153,7 @@ def _likelihood_figures(found: bounds.Estimate) -> dict:
 
 def _finite(value: Tensor) -> float | None:
     """None of what is infinite, or the spread of that: JSON has no infinity."""
-    return float(value) if value.abs() < IMPOSSIBLE else None
+    return float(value) if value.abs() < bounds.IMPOSSIBLE else None
 
 
 def _scene_figures(model: SceneModel, data: SceneData, limit: float | None) -> dict:
@@ -185,10 +183,9 @@ def _scene_figures(model: SceneModel, data: SceneData, limit: float | None) -> d
 @torch.no_grad()
 def look(model: GenerativeModel, data: SceneData) -> dict[str, float]:
     """A quick look during training: the one-sample bound, nats, and the count accuracy."""
-    with torch.random.fork_rng(), pyro.validation_enabled(False):
-        torch.manual_seed(0)
+    with seeded(0, model.device), pyro.validation_enabled(False):
         each = 0 if distributed.world() > 1 else None
-        found = bounds.measure(model, data, 1, BATCH, seed=each)
+        found = bounds.measure(model, data, 1, bounds.scaled(BATCH, data), seed=each)
         figures = {"held-out -ELBO": -float(found.bounds.mean())}
     if isinstance(model, SceneModel) and data.counts is not None:
         counts = infer(model, data, math.inf)[0].counts.numpy()

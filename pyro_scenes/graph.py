@@ -78,7 +78,8 @@ def tensors(scene: Scene, kind_distance: Tensor | None = None) -> GraphTensors:
     """
     slots = scene.present.shape[1]
     nodes, edges = _nodes(scene), _edges(scene, kind_distance)
-    source, target = (~torch.eye(slots, dtype=torch.bool)).nonzero(as_tuple=True)
+    others = ~torch.eye(slots, dtype=torch.bool, device=scene.present.device)
+    source, target = others.nonzero(as_tuple=True)
     edge_mask = (scene.present[:, :, None] & scene.present[:, None, :])[:, source, target]
     edge_attr = torch.stack(list(edges.values()), -1)[:, source, target]
     return GraphTensors(

@@ -1,4 +1,4 @@
-"""The machine at hand: what kind it is, and its memory."""
+"""The machine at hand: what kind it is, its memory, and its random numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +32,14 @@ def described(device: torch.device) -> str:
     return "{processor}, {threads} of {cores} cores, {device}, torch {torch}".format(
         **machine(device)
     )
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from a seed, inside; those of the processor and the device go on after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 # Of mallopt, and what they are set to, bytes: large blocks come from the heap, which is not

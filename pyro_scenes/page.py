@@ -172,7 +172,7 @@ def _first(number: int, total: int) -> str:
 @torch.no_grad()
 def _reconstruct(model: GenerativeModel, images: Tensor) -> tuple[Tensor, Scene | None]:
     """The means of the images as the model sees them, and the scenes if it has objects."""
-    images = images.to(next(model.parameters()).device)
+    images = images.to(model.device)
     if not isinstance(model, SceneModel):
         return model.reconstruct(images), None
     scene = model.infer(images, math.inf)

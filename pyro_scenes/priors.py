@@ -20,7 +20,7 @@ from pyro_scenes.distributions import USED, OneHotPlace
 from pyro_scenes.errors import UserError
 
 # log of the mass of a presence that cannot be, nats, where a product with -inf would be NaN. No
-# image costs as much for another reason, see `evaluate.IMPOSSIBLE`.
+# image costs as much for another reason, see `bounds.IMPOSSIBLE`.
 NEVER = -1e30
 # Of a flow: hidden units of its networks, bins of its splines, and how far these reach, in
 # standard deviations.

@@ -269,17 +269,24 @@ def unseen(
 
 
 def held_out(
-    model: GenerativeModel, data: str, images: int, mnist: Path | None
+    trained: checkpoint.Checkpoint, images: int, mnist: Path | None
 ) -> dict[str, SceneData]:
-    """Scenes to measure a model on that was trained on some data, by label.
+    """Scenes to measure a run on, by label.
 
     The first are like those of the training. After them come, where there are such, scenes of more
     objects if the model finds as many, and those of the data set's `others`, such as new digits.
 
-    :param data: a registered data set or a file, whose last part is held out.
+    Of a file that it was trained on they are the last part.
+
+    :raises UserError: if the file has other images by now.
     """
+    model, data = trained.model, trained.config.data
     if data not in DATASETS:
-        return {"held out": split_held_out(load(data))[1][:images]}
+        scenes, used = load(data), (trained.training or {}).get("images")
+        if used not in (None, scenes.digest()):
+            raise UserError(f"{data} has other images than those that the run was trained on: what"
+                            " it has not seen of them is not known; name some by --data")
+        return {"held out": split_held_out(scenes)[1][:images]}
     spec = DATASETS[data]
     low, high = spec.objects
     sets = {f"{low}-{high} objects": load(data, images=images, mnist=mnist)}
@@ -296,8 +303,8 @@ def finish(config: RunConfig, out: Path, device: str, mnist: Path | None) -> str
     Returns:
         A table and the place of the picture, to print.
     """
-    model = checkpoint.load(out, device).model
-    sets = held_out(model, config.data, IMAGES, mnist)
+    trained = checkpoint.load(out, device)
+    model, sets = trained.model, held_out(trained, IMAGES, mnist)
     # No limit on objects: a run that was stopped early may see them everywhere.
     figures = {
         name: evaluate(model, data, particles=PARTICLES, limit=math.inf)

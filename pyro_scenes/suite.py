@@ -24,6 +24,7 @@ from pyro_scenes.files import read_json, write_json
 from pyro_scenes.models import SceneModel
 from pyro_scenes.report import CROWDED_LABEL
 
+HEADING, ORIGIN = "# Results", "Written by `bin/svi-eval --suite`"  # how the page begins
 OBJECTS = (5, 7, 9, 12)  # of crowded scenes, where so many fit
 # What the papers report, means over seeds: Table 1 of LAVAE's, whose baseline is the convolutional
 # VAE, and Table 1 of Discrete-AIR's, ten there; 0.871 and the best are its sections' 3.1 and 3.2.
@@ -203,12 +204,20 @@ def _prior(settings: Mapping) -> str:
     return "" if prior == "normal" else f", {prior}"
 
 
+def check_page(path: Path) -> None:
+    """:raises UserError: if a file is there that no suite has written."""
+    begins = f"{HEADING}\n\n{ORIGIN}"
+    if path.exists() and not path.read_text(errors="replace").startswith(begins):
+        raise UserError(f"{path} is not a page of svi-eval --suite, which would replace it: move it"
+                        " away, or go to another folder")
+
+
 def page(folder: Path) -> str:
     """RESULTS.md: the head, then for each data set what every checkpoint makes of it."""
     kept, contents = _kept(folder), _contents()
     lines = [
-        "# Results", "",
-        "Written by `bin/svi-eval --suite`; every figure is measured on held-out scenes. In this"
+        HEADING, "",
+        f"{ORIGIN}; every figure is measured on held-out scenes. In this"
         " table figures are means over the seeds that the cards list. -log p(x) is an"
         " importance-weighted bound in nats an image, under the likelihood beside it: those of"
         " different names do not compare, and of grey images there is none under a Bernoulli"

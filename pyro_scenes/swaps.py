@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pyro_scenes import priors
 from pyro_scenes.data import DATASETS, SceneData, load, split_held_out
 from pyro_scenes.errors import UserError
+from pyro_scenes.machine import seeded
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
 
@@ -55,8 +56,7 @@ def parse(
     >>> counts.tolist()
     [3, 3, 3, 3]
     """
-    with torch.random.fork_rng(), pyro.validation_enabled(False):
-        torch.manual_seed(seed)
+    with seeded(seed, model.device), pyro.validation_enabled(False):
         made: dict[str, nn.Module] = {}
         for text in texts:
             name, equals, kind = text.partition("=")
@@ -64,7 +64,7 @@ def parse(
                 raise UserError(f"a prior is NAME=KIND, such as count=uniform:4-5, not {text!r}")
             if name in made:
                 raise UserError(f"{text} is a second prior for the {name}: give one")
-            made[name] = priors.make(name, kind, _size(model, name)).to(_device(model))
+            made[name] = priors.make(name, kind, _size(model, name)).to(model.device)
         if isinstance(model, Attend) and "count" in made:
             priors.presence_logits(made["count"](), model.steps)  # says so if that cannot be
         unfitted = {k: v for k, v in made.items() if isinstance(v, priors.Fitted)}
@@ -95,7 +95,7 @@ def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
     counts, means, scales = [], [], []
     with tqdm(total=len(scenes), desc="scenes", unit="image", disable=not progress) as bar:
         for start in range(0, len(scenes), ENCODED):
-            x = scenes.batch(slice(start, start + ENCODED)).to(_device(model))
+            x = scenes.batch(slice(start, start + ENCODED)).to(model.device)
             trace = poutine.trace(model.guide).get_trace(x)
             counts.append(model.counts(trace))
             for name, site in trace.nodes.items():
@@ -104,7 +104,7 @@ def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
                     means.append(site["fn"].mean[here])
                     scales.append(site["fn"].variance.sqrt()[here])
             bar.update(len(x))
-    nothing = torch.zeros(0, 0, device=_device(model))
+    nothing = torch.zeros(0, 0, device=model.device)
     return Found(
         torch.cat(counts), torch.cat(means or [nothing]), torch.cat(scales or [nothing])
     )
@@ -157,7 +157,3 @@ def _scenes(
         return split_held_out(load(data))[0][:wanted]
     except UserError as error:
         raise UserError(f"{' '.join(texts)}, fitted to scenes of the training: {error}") from None
-
-
-def _device(model: GenerativeModel) -> torch.device:
-    return next(model.parameters()).device

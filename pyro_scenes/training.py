@@ -36,7 +36,7 @@ from pyro_scenes.data import DATASETS, SceneData, load, make, split_held_out
 from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.evaluate import look
 from pyro_scenes.files import alone_in, read_json, remove_unfinished, write_json
-from pyro_scenes.machine import described
+from pyro_scenes.machine import described, seeded
 from pyro_scenes.objectives import objective, temporarily
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -130,8 +130,8 @@ class Run:
             )
         height, width, channels = self.data.shape
         torch.manual_seed(config.seed)
-        self.model = checkpoint.build(config, (channels, height, width)).to(self.device)
-        distributed.synced(self.model)
+        self.model = checkpoint.build(config, (channels, height, width))
+        distributed.synced(self.model).to(self.device)
         self.model.check(self.data.batch(slice(0, 1)))
         self.objective = objective(config.model)(config.schedule, self.model, settings.steps)
         self.objective.modules.to(self.device)
@@ -200,8 +200,7 @@ class Run:
     def advance(self) -> dict[str, float]:
         """One step. :raises UserError: before anything is changed, if the loss is not finite."""
         if event := self.objective.events.get(self.step):
-            with torch.random.fork_rng():
-                torch.manual_seed(distributed.seed(self.config.seed, self.step))
+            with seeded(distributed.seed(self.config.seed, self.step), self.device):
                 event(self.model, self.data)
         x = self.batch(self.step)
         rates = self.objective.learning_rates(self.step)
@@ -304,6 +303,11 @@ class Run:
         :raises UserError: if it does not fit.
         """
         training = content["training"]
+        if training.get("images") not in (None, self.images):
+            raise UserError(
+                f"{self.config.data} has other images than those that {path} was trained on: bring"
+                " them back, or start a run of its own in another folder"
+            )
         try:
             self.model.load_state_dict(content["model"])
             self.objective.modules.load_state_dict(training["modules"])

@@ -175,3 +175,10 @@ def test_a_gain_counts_cells_by_their_area() -> None:
 def place(scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A window in the middle of a picture."""
     return torch.full((1, 2), scale), torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2)
+
+
+def test_ink_at_an_edge_of_an_odd_side_counts_as_much_as_elsewhere() -> None:
+    """A line of one pixel in the last of 15 columns has less ink than one of two in the middle."""
+    picture = torch.zeros(1, 1, 15, 15)
+    picture[..., 14], picture[..., 6:8] = 0.6, 0.35
+    assert pixels(InkPeak(0.5, 4.0)(picture, []), (15, 15))[0] == pytest.approx(7, abs=1.5)

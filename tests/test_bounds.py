@@ -31,7 +31,7 @@ from pyro_scenes.data import SceneData
 from pyro_scenes.likelihoods import NormalImage
 from pyro_scenes.models.base import GenerativeModel
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
-from pyro_scenes.priors import UniformCount
+from pyro_scenes.priors import NEVER, UniformCount
 
 FLOOR = 0.2  # high, so that no weight is worth a thousand others
 CONFIG = LAVAEConfig(
@@ -444,6 +444,20 @@ def test_an_impossible_image_spoils_no_other() -> None:
         found = bounds.estimate(model, repeated(image(SQUARE), 2), 20)
     assert found.bounds[:, 0].tolist() == [-math.inf] * 3 and found.bounds[:, 1].isfinite().all()
     assert found.effective[0] == 0 and 1 <= found.effective[1] <= 20
+
+
+@pytest.mark.parametrize("nats", [-math.inf, NEVER])
+def test_no_sample_counts_of_an_image_that_cannot_be(monkeypatch, nats) -> None:
+    """A count without mass costs infinitely much, and a presence as good as that."""
+    found = weighted(monkeypatch, torch.tensor([[nats, -1.0], [nats, -2.0]]))
+    w = math.exp(-1)
+    assert found.effective.tolist() == pytest.approx([0, (1 + w) ** 2 / (1 + w**2)])
+
+
+@pytest.mark.parametrize("side, number", [(32, 100), (64, 100), (128, 25), (1000, 1)])
+def test_fewer_large_images_are_taken_at_a_time(side, number) -> None:
+    data = SceneData.from_images("large", np.zeros((2, side, side, 1), np.uint8))
+    assert bounds.scaled(100, data) == number
 
 
 # --- the split -----------------------------------------------------------------------------------

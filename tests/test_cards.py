@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,9 @@ def test_what_a_model_is_measured_on(most, data, labels, monkeypatch) -> None:
     monkeypatch.setattr(report, "load", noted)
     model = SceneModel() if most else GenerativeModel()
     model.most = most
-    found = report.held_out(model, data, 5, None)
+    config = replace(make_config("conv-vae", "multi-dsprites"), data=data)
+    trained = checkpoint.Checkpoint(model, config, 0, Path("run"), None)
+    found = report.held_out(trained, 5, None)
     assert found == {label: f"5 images of {name}" for label, name in labels.items()}
     assert asked == [(7, 7) if label == CROWDED else None for label in labels]
 

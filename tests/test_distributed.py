@@ -230,6 +230,20 @@ def test_bad_input_of_one_rank_is_told_to_all(both) -> None:
         assert rank["error of one"] == "item 1 is wrong"
 
 
+def test_all_of_a_run_of_several_processes_is_on_its_device(monkeypatch, tmp_path) -> None:
+    """Where there is no other device, meta stands for one."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(checkpoint, "resolve", lambda name: torch.device("meta"))
+    np.savez(tmp_path / "x.npz", images=np.zeros((24, 16, 16, 1), np.uint8))
+    config = make_config("conv-vae", str(tmp_path / "x.npz"), preset="paper", settings=(
+        "grid_width=8", "batch_size=4", "eval_images=2"))
+    run = training.Run(config, "other")
+    loss = distributed.Loss(run.objective, run.model)
+    assert any(isinstance(m, distributed.SyncedBatchNorm) for m in run.model.modules())
+    tensors = [*loss.parameters(), *loss.buffers()]
+    assert len(tensors) > 10 and {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 def test_one_process_is_a_world_of_its_own() -> None:
     assert not distributed.launched()
     with distributed.session("cpu"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_lavae import CONFIG, Seen, lavae, peaks
+from test_lavae import CONFIG, PAPER, Seen, lavae, peaks
 from torch import Tensor, nn
 
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
@@ -52,6 +52,14 @@ def test_a_dream_is_its_sprites_at_its_places() -> None:
             assert not expected[0, r - 1:r + 2, c - 1:c + 2].any()  # and on no other
             expected[0, r - 1:r + 2, c - 1:c + 2] = 1
         assert np.array_equal(image, expected)
+
+
+def test_a_dream_leaves_batch_normalisation_as_it_was() -> None:
+    model = LAVAE(PAPER, (3, 24, 28)).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    dream(model, torch.rand(4, 3, 24, 28).round())
+    assert model.training and before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 def test_dreams_have_all_counts_and_pairs_that_touch() -> None:

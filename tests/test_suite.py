@@ -219,3 +219,11 @@ def test_one_image_has_a_bound_and_no_error() -> None:
     assert result.exit_code == 0, result.output
     page = Path("RESULTS.md").read_text()
     assert "1 scenes of 0 to 3 objects" in page and "-log p(x) of 1 with 2" in page
+
+
+def test_another_page_is_not_written_over(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("RESULTS.md").write_text("# Results\n\nOf something else.\n")
+    result = CliRunner().invoke(cli.evaluate, ["--suite", "--images", "1"])
+    assert result.exit_code == 2 and "not a page of svi-eval --suite" in result.output
+    assert [path.name for path in Path().iterdir()] == ["RESULTS.md"]

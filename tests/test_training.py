@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_scenes import checkpoint, evaluate, training
+from pyro_scenes import checkpoint, evaluate, report, training
 from pyro_scenes.config import RunConfig, make_config
 from pyro_scenes.data import load_npz
 from pyro_scenes.errors import UserError
@@ -214,6 +214,46 @@ def test_a_forced_run_that_stops_early_leaves_nothing_of_the_one_before(
     assert set(files(tmp_path)) == {"config.json"}
     run(config, tmp_path, resume=True)
     assert checkpoint.load(tmp_path).config.seed == 1
+
+
+def test_resuming_on_other_images_is_refused(tmp_path) -> None:
+    file, out = tmp_path / "squares.npz", tmp_path / "run"
+    np.savez(file, **scenes(24))
+    config = configured(str(file), steps=4)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "advance", before_step(2, lambda run: signal.raise_signal(
+            signal.SIGINT)))
+        run(config, out)
+    before = files(out)
+    np.savez(file, **scenes(24, seed=1))
+    with pytest.raises(UserError, match="other images"):
+        run(config, out, resume=True)
+    assert files(out) == before
+    with pytest.raises(UserError, match="other images"):
+        report.held_out(checkpoint.load(out), 5, None)
+    np.savez(file, **scenes(24))
+    assert len(run(config, out, resume=True)["loss"][0]) == 4
+    assert list(report.held_out(checkpoint.load(out), 5, None)) == ["held out"]
+
+
+@pytest.mark.parametrize("model, settings, side, said", [
+    ("lavae", ("dreams=2", "count_softness=0"), 16, "count_softness"),
+    ("lavae", ("networks=paper", "sprite_width=6"), 10, "multiples of 4"),
+    ("discrete-air", ("networks=paper", "angles=0", "window=32"), 6, "8 x 8"),
+])
+def test_what_does_not_go_together_is_said_before_a_run_is_replaced(
+    tmp_path, model, settings, side, said
+) -> None:
+    file, out = tmp_path / "small.npz", tmp_path / "run"
+    np.savez(file, images=np.zeros((24, side, side, 1), np.uint8))
+    known = tuple(s for s in TINY if s.partition("=")[0] in ("batch_size", "eval_images"))
+    settings = (*TINY, *settings) if model == "lavae" else (*known, *settings)
+    config = make_config(model, str(file), settings=settings, steps=STEPS)
+    out.mkdir()
+    (out / "checkpoint.pt").write_bytes(b"an earlier run")
+    with pytest.raises(UserError, match=said):
+        run(config, out, force=True)
+    assert files(out) == {"checkpoint.pt": b"an earlier run"}
 
 
 def test_weights_alone_cannot_be_resumed(data, tmp_path) -> None:
@@ -612,6 +652,12 @@ def test_a_target_that_is_not_blurred_is_highest_where_the_divergence_is() -> No
     peaks = (target == target.max()).nonzero().float()
     assert target.max().item() == pytest.approx(3.0, rel=1e-5)
     assert peaks.mean(0).tolist() == [4 * 2 + 1.5, 4 * 5 + 1.5]
+
+
+def test_a_map_of_a_single_cell_has_no_peak() -> None:
+    trained, _ = objective(warmup_height=3.0, warmup_blur=2.0)
+    target = trained.location_target(torch.full((2, 1, 1), 5.0), (4, 4))
+    assert torch.equal(target, torch.zeros(2, 4, 4))
 
 
 def test_the_papers_target_is_the_map_itself() -> None:

@@ -79,6 +79,8 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
         return
     if readme:
         raise click.UsageError("--readme goes with --suite")
+    if list_them and (checkpoint or data or out or curve or figures or priors or objects):
+        raise click.UsageError("--list shows the shipped checkpoints, and takes no other option")
     if not list_them and (checkpoint is None or data is None):
         raise click.UsageError("give a CHECKPOINT and --data, or --list, or --suite")
     if list_them:
@@ -153,11 +155,12 @@ def _suite(checkpoint: str | None, images: int, nll_images: int, particles: int,
         raise UserError(f"{checkpoint} is no shipped checkpoint; svi-eval --list shows those")
     if readme:
         report.marked(readme, "svi-eval --suite")
-    folder = Path("results")
+    folder, page = Path("results"), Path("RESULTS.md")
+    suite.check_page(page)
     for line in suite.run(folder, names, images=images, nll_images=nll_images,
                           particles=particles, chunk=chunk, mnist=mnist, device=device):
         click.echo(line)
-    with atomic_write(Path("RESULTS.md")) as file:
+    with atomic_write(page) as file:
         file.write(suite.page(folder).encode())
     if readme:
         report.insert(readme, "svi-eval --suite", suite.head(folder))

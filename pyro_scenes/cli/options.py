@@ -77,8 +77,8 @@ class CountRange(click.ParamType):
     name = "A-B"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        low, _, high = value.partition("-")
-        high = high or low
+        low, dash, high = value.partition("-")
+        high = high if dash else low
         if not (low.isdecimal() and high.isdecimal()):
             self.fail(f"{value!r} is not like 7 or 0-3", param, ctx)
         if int(low) > int(high):

@@ -55,7 +55,7 @@ def report(checkpoint: str, out: Path, data: str | None, images: int, particles:
         numbers = "-".join(map(str, sorted(set(objects or ()))))
         sets = {f"{numbers} objects" if objects else scenes.name: scenes}
     else:
-        sets = reports.held_out(trained.model, trained.config.data, images, mnist)
+        sets = reports.held_out(trained, images, mnist)
     content = page.build(trained, sets, particles, seed)
     with atomic_write(out) as file:
         file.write(content.encode())

@@ -42,7 +42,8 @@ def load_pngs(paths: Sequence[str | Path], channels: int) -> np.ndarray:
         raise UserError("no images given; give an npz file, PNG files or a folder of them")
     images: list[np.ndarray] = []
     for file in files:
-        images.append(_read_png(file, channels, sum(image.size for image in images) // channels))
+        before = len(images) * images[0].size // channels if images else 0
+        images.append(_read_png(file, channels, before))
         if images[-1].shape != images[0].shape:
             raise UserError(f"{file} is {_size(images[-1])} and {files[0]} is {_size(images[0])} "
                             "pixels (height x width): give images of one size at a time")

@@ -45,6 +45,11 @@ class GenerativeModel(PyroModule):
             context.set(told, super().__getattr__(name))
         return parts[name]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
     def model(self, x: Tensor) -> None:
         raise NotImplementedError(f"{type(self).__name__} has no model")
 
@@ -186,6 +191,6 @@ class SceneModel(GenerativeModel):
         """
         parts = self.layers(scene).amax(2)  # (B, M, H, W)
         if parts.shape[1] == 0:
-            return torch.zeros(len(parts), *parts.shape[2:], dtype=torch.long)
+            return parts.new_zeros(len(parts), *parts.shape[2:], dtype=torch.long)
         strongest, slot = parts.max(1)
         return torch.where(strongest > threshold, slot + 1, 0)

@@ -221,6 +221,8 @@ class DiscreteAIR(Attend):
         self.decoder: nn.Module
         if paper:
             self.decoder = nets.PaperDecoder(c.code, channels)
+            if c.embedding and min(image_shape[1:]) < 8:
+                raise UserError("with the paper's networks images must be 8 x 8 pixels at least")
             if c.embedding:
                 self.look = nets.PaperEmbedding(channels, image_shape[1:])
                 features = int(self.look.features)

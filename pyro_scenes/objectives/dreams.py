@@ -44,8 +44,11 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     :return: images (B, C, H, W), drawn where those given are binary and means where they are not,
         and the places (B, M) of their objects, -1 for none.
     """
+    learning = model.training
+    model.eval()  # batch normalisation, of the paper's networks, is of images alone
     scene = model.infer(x[: -(-len(x) // SOURCES)], limit=math.inf)
     sprites = model.sprites(scene)[scene.present]  # (P, C, S, S)
+    model.train(learning)
     ink = sprites.amax(1).sum((-2, -1))  # (P,)
     sprites, ink = sprites[ink > LEAST], ink[ink > LEAST]
     config, device, batch, size = model.config, x.device, len(x), x.shape[-2:]

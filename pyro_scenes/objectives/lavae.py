@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_scenes import distributed, swaps
 from pyro_scenes.data import SceneData
+from pyro_scenes.errors import UserError
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.lavae import LAVAE, Encoded
 from pyro_scenes.objectives import dreams
@@ -27,6 +28,7 @@ from pyro_scenes.objectives.base import (
 )
 from pyro_scenes.priors import Fitted, StandardNormal
 
+TINY = 1e-6  # nats, of a KL map that is the same everywhere
 SLEEP = 6  # Dreams take one of so many steps of a training, at most.
 
 
@@ -130,6 +132,9 @@ class LAVAEObjective(Objective):
     then fitted to them (a mixture, for objects of a finite number) has cheaply. Before, places
     would not become sharp: where codes are cheap they tell offsets too. Networks that have learnt
     to say little do not unlearn it soon: ``appearance_anew``.
+
+    :raises UserError: for settings that contradict each other, or images that the auxiliary VAE
+        does not suit.
     """
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
@@ -137,6 +142,11 @@ class LAVAEObjective(Objective):
         if schedule.exact_divergence:
             self.elbo = PlacesFirstELBO()
         self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
+        if schedule.warmup_weight:
+            self.auxiliary.check(torch.zeros(1, *model.image_shape))
+        if schedule.dreams and not model.config.count_softness:
+            raise UserError("dreams teach counts by their gradient: set count_softness above 0, or"
+                            " dreams to 0")
         self.modules["auxiliary"] = self.auxiliary
         end = steps
         self.fits: int | None = None
@@ -256,7 +266,7 @@ class LAVAEObjective(Objective):
         nearby = F.max_pool2d(smooth, 21, stride=1, padding=10)
         # Where nothing is nearby, noise must not be blown up to a peak.
         least = 0.3 * distributed.gathered(smooth.flatten(1).amax(1)).quantile(0.9)
-        return s.warmup_height * (smooth / nearby.clamp(min=least)).pow(3)[:, 0]
+        return s.warmup_height * (smooth / nearby.clamp(min=least.clamp(min=TINY))).pow(3)[:, 0]
 
 
 def fit_prior(model: LAVAE, data: SceneData) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_scenes import plots
 from pyro_scenes.errors import NothingToDraw, UserError
+from pyro_scenes.machine import seeded
 from pyro_scenes.models import GenerativeModel
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.pictures.common import IMAGES, STEPS, pick, scenes_in, varied
@@ -141,8 +142,7 @@ def sample_counted(
     model: GenerativeModel, count: int, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """The same with the number of objects in each, (count,); None of a model without objects."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
         images, counts = zip(*(model.draw(size) for size in sizes), strict=True)
     return torch.cat(images).cpu(), None if None in counts else torch.cat(counts).cpu()

@@ -27,7 +27,7 @@ def scenes_in(
 ) -> tuple[SceneModel, Scene]:
     """The model itself and what it finds. Raises UserError as `with_objects` and `infer` do."""
     model = with_objects(model)
-    return model, model.infer(images.to(next(model.parameters()).device), limit)
+    return model, model.infer(images.to(model.device), limit)
 
 
 def pick(scene: Scene, index: Tensor) -> Scene:

@@ -30,7 +30,7 @@ def inference(model: GenerativeModel, images: Tensor, limit: float | None = None
     """
     images = images[:IMAGES]
     if not isinstance(model, SceneModel):
-        seen = images.to(next(model.parameters()).device)
+        seen = images.to(model.device)
         return plots.inference_figure(images, model.reconstruct(seen))
     model, scene = scenes_in(model, images, limit)
     return plots.inference_figure(images, model.render(scene), scene, sprites=model.sprites(scene))
