@@ -296,7 +296,7 @@ def checkpoint_seeds(folder: Path) -> list[bytes]:
     files = []
     for model, settings in (
         ("conv-vae", "grid_width=2 grid_latent=1 grid_stages=1 networks=auxiliary"),
-        ("lavae", "latent=2 sprite=3 crop=3 location_width=2 location_blocks=1 appearance_width=1"
+        ("lavae", "latent=2 sprite=3 crop=5 location_width=2 location_blocks=1 appearance_width=1"
                   " appearance_hidden=2 sprite_hidden=2 max_objects=2 appearance_prior=flow:1"),
         ("air", "latent=2 window=8 decoder_hidden=2 encoder_hidden=2 hidden=2 glimpse=8"
                 " glimpse_width=1"),
