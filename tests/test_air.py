@@ -368,6 +368,26 @@ def test_the_order_of_draws_tells_what_tracking_them_does(config) -> None:
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
+@pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
+def test_a_baseline_starts_from_what_the_image_has_without_more_objects(likelihood) -> None:
+    model = AIR(replace(PLAIN, max_objects=2, likelihood=likelihood, likelihood_floor=0.1), SHAPE)
+    torch.nn.init.zeros_(model.baseline[-1].weight)
+    torch.nn.init.zeros_(model.baseline[-1].bias)
+    x = torch.rand(5, *SHAPE).round()
+    sites = poutine.trace(model.guide).get_trace(x).nodes
+    drawn = {name: sites[f"{name}_0"]["value"].unsqueeze(1) for name in ("z_where", "z_what")}
+    first = model._drawn(drawn | {"here": sites["z_pres_0"]["value"].unsqueeze(1)}, SHAPE[1:])[:, 0]
+    assert sites["z_pres_0"]["value"].any() and first.amax() > 0.1
+    for t, canvas in enumerate((torch.zeros_like(x), first)):
+        given = sites[f"z_pres_{t}"]["infer"]["baseline"]
+        found = given["nn_baseline"](given["nn_baseline_input"])
+        expected = (
+            torch.distributions.Normal(canvas, 0.8).log_prob(x) if likelihood == "normal"
+            else torch.distributions.Bernoulli(0.1 + 0.8 * canvas.clamp(0, 1)).log_prob(x)
+        ).sum((1, 2, 3))
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_baseline_that_is_off_learns_what_is_to_come() -> None:
     c = case(AIR(replace(PLAIN_PAPER, max_objects=2, sigma=0.4), SHAPE))
     optimizer = torch.optim.Adam(c.model.groups()["baseline"])

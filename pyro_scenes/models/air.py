@@ -24,8 +24,8 @@ h_t        (B, h)             state of the LSTM
 Any site may have a particle dimension to the left of B. The prior over z_pres is that of a count:
 geometric unless swapped.
 
-z_pres is trained by its score. The baseline of each step is what the image would cost if no
-further object were drawn, ||x - C_{t-1}||^2 / (2 sigma^2), which depends on earlier steps alone,
+z_pres is trained by its score. The baseline of each step is what the image would have if no
+further object were drawn, log p(x | C_{t-1}), which depends on earlier steps alone,
 plus a network's correction, trained at a rate of its own: the score of z_pres_t is then weighted
 by what object t and those after it gain. No gradient passes through C_t into what the guide draws
 later: of two objects or more that of the continuous sites lacks this term.
@@ -203,7 +203,7 @@ class AIR(Attend):
             h = state[0] if self.peak is None else torch.cat([state[0], seen], -1)
             logit = self.presence_head(h).squeeze(-1).clamp(-LOGIT, LOGIT).view(lead)
             site = dist.Bernoulli(logits=logit)
-            with self._baseline(h, left, lead):
+            with self._baseline(h, left, canvas, lead):
                 z_pres = choose(f"z_pres_{t}", site, here)
             here = here * z_pres
             mean, spread = self.where_head(h).chunk(2, -1)
@@ -233,18 +233,19 @@ class AIR(Attend):
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
 
-    def _baseline(self, h: Tensor, left: Tensor, lead: torch.Size):
+    def _baseline(self, h: Tensor, left: Tensor, canvas: Tensor, lead: torch.Size):
         """Give the Bernoulli site inside its baseline, for TraceGraph_ELBO: what is to come, nats.
 
         A site's downstream cost is a log density: the gain of the image is to be expected.
         """
-        nothing_more = -left.square().flatten(1).sum(1) / (2 * self.config.sigma**2)  # (N,)
+        black = torch.zeros_like(canvas[:1])
+        most = self.likelihood(black).log_prob(black)  # (1,), of an image that the canvas explains
+        nothing_more = self.likelihood(canvas).log_prob(left + canvas) - most  # (N,)
         features = torch.cat([h.detach(), nothing_more.unsqueeze(-1) / 100], -1)
-        constant = -0.5 * math.log(2 * math.pi * self.config.sigma**2) * left[0].numel()
 
         def baseline(features: Tensor) -> Tensor:
             rest = 100 * self.baseline(features).squeeze(-1)
-            return (constant + 100 * features[..., -1] + rest).view(lead)
+            return (most + 100 * features[..., -1] + rest).view(lead)
 
         return poutine.infer_config(config_fn=lambda site: {
             "baseline": {"nn_baseline": baseline, "nn_baseline_input": features}
