@@ -39,7 +39,6 @@ AIR reads it from x.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import pyro
