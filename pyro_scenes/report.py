@@ -250,14 +250,16 @@ def unseen(
 ) -> SceneData:
     """Scenes to measure a run on: `load`'s, but of the images that it was trained on the last part.
 
-    A file is known again wherever it lies now, by its images, and by its path in older runs.
+    A file is known again wherever it lies now, by its images, and by its path in older runs. PNG
+    files get the channels that the model takes.
 
     :param images: only the first so many.
     :raises UserError: as `load` does.
     """
     if data in DATASETS:
         return load(data, images=images, objects=objects, mnist=mnist)
-    scenes, own = load(data, objects=objects), trained.config.data
+    channels, own = trained.model.image_shape[0], trained.config.data
+    scenes = load(data, objects=objects, channels=channels)
     used = (trained.training or {}).get("images")
     if used:
         same = used == scenes.digest()

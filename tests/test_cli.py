@@ -376,6 +376,16 @@ def test_a_folder_of_pngs_is_trained_on_and_known_again(folder: Path) -> None:
     assert (figures["data"], figures["images"]) == ("moved, held out", 1)
 
 
+def test_grey_pngs_are_measured_on_a_model_of_colours(folder: Path) -> None:
+    """As svi-infer takes them."""
+    Path("grey").mkdir()
+    for i in range(3):
+        Image.new("L", (32, 32), 255 * (i % 2)).save(f"grey/{i}.png")
+    assert load("run").model.image_shape == (3, 32, 32)
+    succeeded("svi-eval run --data grey --particles 2 --max-objects 99 --json new.json")
+    assert json.loads(Path("new.json").read_text())["images"] == 3
+
+
 def test_a_run_that_saved_nothing_yet_is_begun_again(folder: Path) -> None:
     Path("run/checkpoint.pt").unlink()
     succeeded(f"{TRAIN} --out run")

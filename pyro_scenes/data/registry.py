@@ -55,7 +55,7 @@ def make(
 def load(
     source: str | Path, *, split: str = "test", images: int | None = None,
     objects: tuple[int, int] | None = None, mnist: str | Path | None = None,
-    segmentation: bool | None = None,
+    segmentation: bool | None = None, channels: int | None = None,
 ) -> SceneData:
     """Data by name or from a file.
 
@@ -68,6 +68,7 @@ def load(
         objects: as for `make`; generated data only.
         segmentation: generate segmentation maps; None does for "test" only, they take memory.
             A file's map is always kept.
+        channels: of a folder of PNG files, 1 or 3; None for 1 where all are grey.
 
     Raises:
         UserError: neither a known name nor a readable npz file, or as for `make`.
@@ -88,8 +89,8 @@ def load(
         raise UserError(f"{source} is a file: the number of objects can only be chosen for "
                         f"{', '.join(DATASETS)}")
     if Path(source).is_dir():
-        pixels = load_pngs([source], channels=3)
-        if (pixels == pixels[..., :1]).all():
+        pixels = load_pngs([source], channels or 3)
+        if channels is None and (pixels == pixels[..., :1]).all():
             pixels = np.ascontiguousarray(pixels[..., :1])
         return SceneData.from_images(Path(source).resolve().name, pixels)[:images]
     return load_npz(source)[:images]
