@@ -25,7 +25,8 @@ from pyro_scenes.cli.options import (
 
 @click.command("svi-eval", cls=Command)
 @click.argument("checkpoint", required=False)
-@click.option("--data", metavar="NAME|FILE", help="A data set by name, or an npz file.")
+@click.option("--data", metavar="NAME|FILE",
+              help="A data set by name, an npz file or a folder of PNG files.")
 @click.option("--images", metavar="N", type=click.IntRange(min=1), help="Only the first so many.")
 @click.option("--particles", metavar="N", type=click.IntRange(min=1), default=100,
               show_default=True, help="Importance samples an image.")

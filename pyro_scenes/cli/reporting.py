@@ -23,8 +23,9 @@ from pyro_scenes.cli.options import (
 @click.option("--out", type=FILE, metavar="FILE", required=True, help="The page, such as "
               "report.html.")
 @click.option("--data", metavar="NAME|FILE",
-              help="A data set by name, or an npz file; default: held-out scenes like those of the "
-              "training, and scenes of more objects or new digits where there are such.")
+              help="A data set by name, an npz file or a folder of PNG files; default: held-out "
+              "scenes like those of the training, and scenes of more objects or new digits where "
+              "there are such.")
 @click.option("--images", metavar="N", type=click.IntRange(min=1), default=1000,
               show_default=True, help="Only the first so many of each data set.")
 @click.option("--particles", metavar="K", type=click.IntRange(min=1), default=10,

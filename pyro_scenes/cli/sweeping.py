@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @click.command("svi-sweep", cls=Command)
 @click.option("--model", metavar="NAME", required=True, help="A model by name, such as lavae.")
 @click.option("--data", metavar="NAME|FILE", required=True,
-              help="A data set by name, such as multi-dsprites, or an npz file.")
+              help="A data set by name, such as multi-dsprites, an npz file or a folder of PNG "
+              "files.")
 @click.option("--preset", metavar="NAME", default="fast", show_default=True)
 @click.option("--steps", metavar="N", type=click.IntRange(min=1),
               help="Training steps; default: the preset's.")
