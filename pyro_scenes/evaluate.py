@@ -79,7 +79,7 @@ def evaluate(
 
     :param particles: importance samples an image; 0 to leave the likelihood out.
     :param nll_images: the likelihood of the first so many. :param seed: of the samples.
-    :param chunk: particles times images at a time; by default what suits the device.
+    :param chunk: particles times images at a time; by default what suits device and image size.
     :param chunk_seeds: seed the samples of each chunk anew, as several processes always do.
     :param limit: most objects in an image.
     :param priors: what is swapped into the model, in words, for the result to say so.

@@ -1,6 +1,6 @@
 """Scene graphs: objects as nodes, what lies between them as directed edges.
 
-Discrete-AIR, section 2.4 and appendix C.3; the distance of places is theirs alone, in pixels. An
+Discrete-AIR, section 2.4 and appendix C.3; distances are of the centres alone, in pixels. An
 edge (i, j) embeds z_where^i - z_where^j with the direction in which j lies from i, the L2 distance
 of the attributes, and whether the categories are equal, or a distance between categories that the
 user gives. Every number has a name, the same in the networkx graph, in JSON and GraphML, and in the

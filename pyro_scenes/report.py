@@ -275,10 +275,9 @@ def held_out(
 ) -> dict[str, SceneData]:
     """Scenes to measure a run on, by label.
 
-    The first are like those of the training. After them come, where there are such, scenes of more
+    The first are like those of the training: of a file that it was trained on, the last part. After
+    them come, where there are such, scenes of more
     objects if the model finds as many, and those of the data set's `others`, such as new digits.
-
-    Of a file that it was trained on they are the last part.
 
     :raises UserError: if the file has other images by now.
     """
@@ -287,7 +286,7 @@ def held_out(
         scenes, used = load(data), (trained.training or {}).get("images")
         if used not in (None, scenes.digest()):
             raise UserError(f"{data} has other images than those that the run was trained on: what"
-                            " it has not seen of them is not known; name some by --data")
+                            " it has not seen of them is not known")
         return {"held out": split_held_out(scenes)[1][:images]}
     spec = DATASETS[data]
     low, high = spec.objects

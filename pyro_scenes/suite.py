@@ -61,7 +61,7 @@ NOTES = (
     " its own, wherever objects are; purity any, of objects matched by place, so where there are"
     " more categories than labels it is purity that says how pure they are. ARI is of the"
     " foreground. Seconds are of counts, places, categories and segmentations, of the shipped"
-    " weights on the machine that ran the suite."
+    " weights, each at the time when its cell was measured, beside whatever else ran there then."
 )
 
 

@@ -15,8 +15,8 @@ def lines(
     """
     used = [i for i in range(len(headings))
             if keep is None or i < keep or any(row[i] != "-" for row in rows)]
-    lines = (headings, ["---"] * len(headings), *rows)
-    return ["| " + " | ".join(row[i] for i in used) + " |" for row in lines]
+    cells = (headings, ["---"] * len(headings), *rows)
+    return ["| " + " | ".join(row[i] for i in used) + " |" for row in cells]
 
 
 def number(value: float | None, digits: int) -> str:

@@ -371,8 +371,8 @@ def test_the_order_of_draws_tells_what_tracking_them_does(config) -> None:
 @pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
 def test_a_baseline_starts_from_what_the_image_has_without_more_objects(likelihood) -> None:
     model = AIR(replace(PLAIN, max_objects=2, likelihood=likelihood, likelihood_floor=0.1), SHAPE)
-    torch.nn.init.zeros_(model.baseline[-1].weight)
-    torch.nn.init.zeros_(model.baseline[-1].bias)
+    for parameter in model.baseline.parameters():
+        torch.nn.init.zeros_(parameter)
     x = torch.rand(5, *SHAPE).round()
     sites = poutine.trace(model.guide).get_trace(x).nodes
     drawn = {name: sites[f"{name}_0"]["value"].unsqueeze(1) for name in ("z_where", "z_what")}

@@ -460,6 +460,20 @@ def test_fewer_large_images_are_taken_at_a_time(side, number) -> None:
     assert bounds.scaled(100, data) == number
 
 
+def test_large_images_are_measured_a_few_at_a_time(monkeypatch) -> None:
+    data = SceneData.from_images("large", np.zeros((5, 128, 64, 1), np.uint8))
+    sizes, estimate = [], bounds.estimate
+
+    def noted(model, x, *arguments):
+        sizes.append(len(x))
+        return estimate(model, x[..., :2, :2].double(), *arguments)
+
+    monkeypatch.setattr(bounds, "estimate", noted)
+    monkeypatch.setattr(bounds, "CHUNKS", {"cpu": 4})
+    assert bounds.measure(Linear(), data, 1).bounds.shape == (1, 5)
+    assert sizes == [2, 2, 1]
+
+
 # --- the split -----------------------------------------------------------------------------------
 
 

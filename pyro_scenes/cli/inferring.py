@@ -40,7 +40,8 @@ from pyro_scenes.cli.options import (
               help="Write scene graphs in place of objects: a list of node-link objects, or a "
               "folder with a GraphML file an image.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N",
-              help="Draw N images from the model in place of IMAGES.")
+              help="Draw N images from the model in place of IMAGES; --seed, --prior and --mnist "
+              "go with it.")
 @prior_option
 @limit_option
 @seed_option

@@ -81,7 +81,8 @@ def evaluate(checkpoint: str | None, data: str | None, images: int | None, parti
     if readme:
         raise click.UsageError("--readme goes with --suite")
     if list_them and (checkpoint or data or out or curve or figures or priors or objects):
-        raise click.UsageError("--list shows the shipped checkpoints, and takes no other option")
+        raise click.UsageError("--list shows the shipped checkpoints: it takes none, no data and no"
+                               " files")
     if not list_them and (checkpoint is None or data is None):
         raise click.UsageError("give a CHECKPOINT and --data, or --list, or --suite")
     if list_them:

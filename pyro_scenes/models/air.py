@@ -39,6 +39,7 @@ AIR reads it from x.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pyro
@@ -71,7 +72,7 @@ class AIRConfig:
     scale_deviation: float = 0.3  # of its logarithm
     place_deviation: float = 0.5  # of half the image's side
     likelihood: str = "normal"  # or bernoulli
-    sigma: float = 0.3  # of the normal likelihood, and of what guides take an image to gain by
+    sigma: float = 0.3  # of the normal likelihood
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
     more: float = 0.5  # geometric prior: probability of one more object
     window: int = 24  # side of an object, pixels
@@ -202,7 +203,9 @@ class AIR(Attend):
             h = state[0] if self.peak is None else torch.cat([state[0], seen], -1)
             logit = self.presence_head(h).squeeze(-1).clamp(-LOGIT, LOGIT).view(lead)
             site = dist.Bernoulli(logits=logit)
-            with self._baseline(h, left, canvas, lead):
+            # Where nothing learns, no one reads it.
+            learning = torch.is_grad_enabled()
+            with self._baseline(h, left, canvas, lead) if learning else nullcontext():
                 z_pres = choose(f"z_pres_{t}", site, here)
             here = here * z_pres
             mean, spread = self.where_head(h).chunk(2, -1)
@@ -236,6 +239,8 @@ class AIR(Attend):
         """Give the Bernoulli site inside its baseline, for TraceGraph_ELBO: what is to come, nats.
 
         A site's downstream cost is a log density: the gain of the image is to be expected.
+
+        :param h: (N, h). :param left: (N, C, H, W), of the image. :param canvas: of its shape.
         """
         black = torch.zeros_like(canvas[:1])
         most = self.likelihood(black).log_prob(black)  # (1,), of an image that the canvas explains

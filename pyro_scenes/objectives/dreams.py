@@ -45,7 +45,7 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor]:
         and the places (B, M) of their objects, -1 for none.
     """
     learning = model.training
-    model.eval()  # batch normalisation, of the paper's networks, is of images alone
+    model.eval()  # else what is found would depend on the batch, with the paper's networks
     scene = model.infer(x[: -(-len(x) // SOURCES)], limit=math.inf)
     sprites = model.sprites(scene)[scene.present]  # (P, C, S, S)
     model.train(learning)

@@ -142,7 +142,7 @@ class LAVAEObjective(Objective):
         if schedule.exact_divergence:
             self.elbo = PlacesFirstELBO()
         self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
-        if schedule.warmup_weight:
+        if schedule.warmup_weight and schedule.warmup_end:
             self.auxiliary.check(torch.zeros(1, *model.image_shape))
         if schedule.dreams and not model.config.count_softness:
             raise UserError("dreams teach counts by their gradient: set count_softness above 0, or"
