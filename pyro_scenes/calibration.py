@@ -71,7 +71,7 @@ def measure(
     counts: list[Tensor] = []
     given: list[Tensor] = []
     with (
-        seeded(seed, model.device), pyro.validation_enabled(False),
+        seeded(seed, device), pyro.validation_enabled(False),
         tqdm(total=scenes, desc="scenes", unit="scene", disable=not progress) as bar,
     ):
         for start in range(0, scenes, size):

@@ -42,6 +42,11 @@ class Checkpoint:
     training: dict | None
 
     @property
+    def images(self) -> str | None:
+        """The digest of the file's images that it was trained on; None where none is known."""
+        return (self.training or {}).get("images")
+
+    @property
     def name(self) -> str:
         """What it is called: its run's folder, or the file."""
         return self.path.resolve().parent.name if self.path.name == FILE else self.path.stem

@@ -260,9 +260,8 @@ def unseen(
         return load(data, images=images, objects=objects, mnist=mnist)
     channels, own = trained.model.image_shape[0], trained.config.data
     scenes = load(data, objects=objects, channels=channels)
-    used = (trained.training or {}).get("images")
-    if used:
-        same = used == scenes.digest()
+    if trained.images:
+        same = trained.images == scenes.digest()
     else:
         same = own not in DATASETS and Path(data).resolve() == Path(own).resolve()
     if not same:
@@ -276,15 +275,15 @@ def held_out(
     """Scenes to measure a run on, by label.
 
     The first are like those of the training: of a file that it was trained on, the last part. After
-    them come, where there are such, scenes of more
-    objects if the model finds as many, and those of the data set's `others`, such as new digits.
+    them come, where there are such, scenes of more objects if the model finds as many, and those of
+    the data set's `others`, such as new digits.
 
     :raises UserError: if the file has other images by now.
     """
     model, data = trained.model, trained.config.data
     if data not in DATASETS:
-        scenes, used = load(data), (trained.training or {}).get("images")
-        if used not in (None, scenes.digest()):
+        scenes = load(data)
+        if trained.images and trained.images != scenes.digest():
             raise UserError(f"{data} has other images than those that the run was trained on: what"
                             " it has not seen of them is not known")
         return {"held out": split_held_out(scenes)[1][:images]}

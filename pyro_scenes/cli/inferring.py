@@ -12,6 +12,7 @@ from pyro_scenes.cli.options import (
     Command,
     device_option,
     force_option,
+    given,
     limit_option,
     mnist_option,
     prior_option,
@@ -71,8 +72,7 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
         raise click.UsageError("--prior goes with --sample")
     if sample and max_objects is not None:
         raise click.UsageError("--max-objects goes with IMAGES")
-    given = click.get_current_context().get_parameter_source
-    if images and (mnist or given("seed") is click.core.ParameterSource.COMMANDLINE):
+    if images and (given("mnist") or given("seed")):
         raise click.UsageError("--seed and --mnist go with --sample")
     from pyro_scenes import checkpoint as checkpoints
     from pyro_scenes import pictures, plots, report, swaps

@@ -10,6 +10,7 @@ from pyro_scenes.cli.options import (
     FILE,
     Command,
     force_option,
+    given,
     mnist_option,
     objects_option,
     seed_option,
@@ -50,9 +51,8 @@ def make_scenes(name: str | None, images: int, objects: tuple[int, int] | None, 
         raise click.UsageError("--from-pyro needs --out")
     if trust and not source:
         raise click.UsageError("--trust-pickled-labels goes with --from-pyro")
-    given = click.get_current_context().get_parameter_source
     for option in ("images", "objects", "seed", "mnist", "entropy"):
-        if source and given(option) == click.core.ParameterSource.COMMANDLINE:
+        if source and given(option):
             raise click.UsageError(f"--{option} goes with a NAME")
     if entropy and out:
         raise click.UsageError("--entropy makes no scenes: --json takes what it finds, not --out")

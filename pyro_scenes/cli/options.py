@@ -86,6 +86,12 @@ class CountRange(click.ParamType):
         return int(low), int(high)
 
 
+def given(option: str) -> bool:
+    """Whether an option stands on the command line, with its default or another value."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
 # Images that pictures are made from: the first so many.
 PICTURED = 64
 

@@ -203,9 +203,7 @@ class AIR(Attend):
             h = state[0] if self.peak is None else torch.cat([state[0], seen], -1)
             logit = self.presence_head(h).squeeze(-1).clamp(-LOGIT, LOGIT).view(lead)
             site = dist.Bernoulli(logits=logit)
-            # Where nothing learns, no one reads it.
-            learning = torch.is_grad_enabled()
-            with self._baseline(h, left, canvas, lead) if learning else nullcontext():
+            with self._baseline(h, left, canvas, lead):
                 z_pres = choose(f"z_pres_{t}", site, here)
             here = here * z_pres
             mean, spread = self.where_head(h).chunk(2, -1)
@@ -242,6 +240,8 @@ class AIR(Attend):
 
         :param h: (N, h). :param left: (N, C, H, W), of the image. :param canvas: of its shape.
         """
+        if not torch.is_grad_enabled():  # nothing learns, so no one reads it
+            return nullcontext()
         black = torch.zeros_like(canvas[:1])
         most = self.likelihood(black).log_prob(black)  # (1,), of an image that the canvas explains
         nothing_more = self.likelihood(canvas).log_prob(left + canvas) - most  # (N,)

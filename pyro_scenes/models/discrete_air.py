@@ -221,9 +221,10 @@ class DiscreteAIR(Attend):
         self.decoder: nn.Module
         if paper:
             self.decoder = nets.PaperDecoder(c.code, channels)
-            if c.embedding and min(image_shape[1:]) < 8:
-                raise UserError("with the paper's networks images must be 8 x 8 pixels at least")
             if c.embedding:
+                if min(image_shape[1:]) < 8:
+                    raise UserError("with the paper's networks images must be 8 x 8 pixels at"
+                                    " least")
                 self.look = nets.PaperEmbedding(channels, image_shape[1:])
                 features = int(self.look.features)
             else:
