@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from pyro_scenes import distributed
 from pyro_scenes.data import SceneData
-from pyro_scenes.machine import keep_memory
+from pyro_scenes.machine import at_a_time, keep_memory
 from pyro_scenes.models import GenerativeModel
 
 # Particles times images at a time. On a CPU, larger tensors than those of so many images are memory
@@ -74,11 +74,6 @@ class Estimate:
 def applies(model: GenerativeModel, data: SceneData) -> bool:
     """Whether the model has a density for such images: a Bernoulli one is of binary ones alone."""
     return data.binary or not model.likelihood.binary
-
-
-def scaled(number: int, data: SceneData) -> int:
-    """So many images at a time, or fewer of images larger than 64 x 64, which take more memory."""
-    return max(1, min(number, number * 64**2 // math.prod(data.shape[:2])))
 
 
 def sizes(particles: int) -> tuple[int, ...]:
@@ -140,7 +135,7 @@ def measure(
     ['reconstruction', 'z_pres', 'z_where', 'z_what']
     """
     device = model.device
-    chunk = chunk or scaled(CHUNKS[device.type], data)
+    chunk = chunk or at_a_time(CHUNKS[device.type], *data.shape[:2])
     size = max(1, chunk // particles)
     keep_memory()
     silent = not progress or distributed.rank() > 0

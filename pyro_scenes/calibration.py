@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from pyro_scenes.bounds import CHUNKS
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import seeded
+from pyro_scenes.machine import at_a_time, seeded
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.objectives import Objective
 
@@ -66,7 +66,7 @@ def measure(
 ) -> Ranks:
     """Draw scenes from a model, and rank each among the draws of its guide."""
     device = model.device
-    size = max(1, CHUNKS[device.type] // draws)
+    size = max(1, at_a_time(CHUNKS[device.type], *model.image_shape[1:]) // draws)
     values: list[dict[str, Tensor]] = []
     counts: list[Tensor] = []
     given: list[Tensor] = []

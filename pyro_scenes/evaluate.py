@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_scenes import bounds, distributed, metrics
 from pyro_scenes.data import SceneData, entropy_of
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import seeded
+from pyro_scenes.machine import at_a_time, seeded
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
@@ -45,7 +45,7 @@ def infer(
 def batches(data: SceneData) -> list[slice]:
     """Parts of a data set that are small enough to be inferred at once, whatever its images' size.
     """
-    size = bounds.scaled(BATCH, data)
+    size = at_a_time(BATCH, *data.shape[:2])
     return [slice(start, start + size) for start in range(0, len(data), size)]
 
 
@@ -185,7 +185,7 @@ def look(model: GenerativeModel, data: SceneData) -> dict[str, float]:
     """A quick look during training: the one-sample bound, nats, and the count accuracy."""
     with seeded(0, model.device), pyro.validation_enabled(False):
         each = 0 if distributed.world() > 1 else None
-        found = bounds.measure(model, data, 1, bounds.scaled(BATCH, data), seed=each)
+        found = bounds.measure(model, data, 1, at_a_time(BATCH, *data.shape[:2]), seed=each)
         figures = {"held-out -ELBO": -float(found.bounds.mean())}
     if isinstance(model, SceneModel) and data.counts is not None:
         counts = infer(model, data, math.inf)[0].counts.numpy()

@@ -60,3 +60,8 @@ def keep_memory() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in KEPT.items():
         mallopt(option, value)
+
+
+def at_a_time(number: int, height: int, width: int) -> int:
+    """So many images at a time, or fewer of images larger than 64 x 64, which take more memory."""
+    return max(1, min(number, number * 64**2 // (height * width)))

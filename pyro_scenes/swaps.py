@@ -24,11 +24,11 @@ from tqdm import tqdm
 from pyro_scenes import priors
 from pyro_scenes.data import DATASETS, SceneData, load, split_held_out
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import seeded
+from pyro_scenes.machine import at_a_time, seeded
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
 
-ENCODED = 200  # scenes at a time
+ENCODED = 200  # scenes of 64 x 64 at a time
 STEPS, BATCH, RATE = 400, 256, 1e-2  # of the fit: its length, appearances a step, learning rate
 
 
@@ -93,9 +93,10 @@ class Found:
 def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
     """Draw from the guide once for each scene."""
     counts, means, scales = [], [], []
+    size = at_a_time(ENCODED, *scenes.shape[:2])
     with tqdm(total=len(scenes), desc="scenes", unit="image", disable=not progress) as bar:
-        for start in range(0, len(scenes), ENCODED):
-            x = scenes.batch(slice(start, start + ENCODED)).to(model.device)
+        for start in range(0, len(scenes), size):
+            x = scenes.batch(slice(start, start + size)).to(model.device)
             trace = poutine.trace(model.guide).get_trace(x)
             counts.append(model.counts(trace))
             for name, site in trace.nodes.items():

@@ -26,11 +26,12 @@ from PIL import Image
 from pyro.nn import pyro_method
 from torch import Tensor, nn
 
-from pyro_scenes import bounds, checkpoint, cli, plots, report
+from pyro_scenes import bounds, calibration, checkpoint, cli, machine, plots, report, swaps
 from pyro_scenes.data import SceneData
 from pyro_scenes.likelihoods import NormalImage
 from pyro_scenes.models.base import GenerativeModel
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
+from pyro_scenes.pictures import changed
 from pyro_scenes.priors import NEVER, UniformCount
 
 FLOOR = 0.2  # high, so that no weight is worth a thousand others
@@ -457,7 +458,7 @@ def test_no_sample_counts_of_an_image_that_cannot_be(monkeypatch, nats) -> None:
 @pytest.mark.parametrize("side, number", [(32, 100), (64, 100), (128, 25), (1000, 1)])
 def test_fewer_large_images_are_taken_at_a_time(side, number) -> None:
     data = SceneData.from_images("large", np.zeros((2, side, side, 1), np.uint8))
-    assert bounds.scaled(100, data) == number
+    assert machine.at_a_time(100, *data.shape[:2]) == number
 
 
 def test_large_images_are_measured_a_few_at_a_time(monkeypatch) -> None:
@@ -472,6 +473,50 @@ def test_large_images_are_measured_a_few_at_a_time(monkeypatch) -> None:
     monkeypatch.setattr(bounds, "CHUNKS", {"cpu": 4})
     assert bounds.measure(Linear(), data, 1).bounds.shape == (1, 5)
     assert sizes == [2, 2, 1]
+
+
+class Wide(GenerativeModel):
+    """Notes how many images it has at a time."""
+
+    image_shape = (1, 128, 64)
+    appearance_site = "none"
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.seen = nn.Parameter(torch.zeros(())), []
+
+    @pyro_method
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("images", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(self.mean, torch.ones(len(x))))
+            mean = z[..., None, None, None].expand(*z.shape, *self.image_shape)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    @pyro_method
+    def guide(self, x: Tensor) -> None:
+        self.seen.append(len(x))
+        with pyro.plate("images", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
+        self.seen.append(count)
+        return super().draw(count)
+
+    def counts(self, trace: Any) -> Tensor:
+        return trace.nodes["z"]["value"].long()
+
+
+def test_large_images_are_drawn_looked_at_and_ranked_a_few_at_a_time(monkeypatch) -> None:
+    model = Wide()
+    monkeypatch.setattr(changed, "BATCH", 4)
+    assert len(changed.sample(model, 5)) == 5 and model.seen == [2, 2, 1]
+    model, data = Wide(), SceneData.from_images("wide", np.zeros((5, 128, 64, 1), np.uint8))
+    monkeypatch.setattr(swaps, "ENCODED", 4)
+    assert len(swaps.look(model, data, progress=False).counts) == 5 and model.seen == [2, 2, 1]
+    model = Wide()
+    monkeypatch.setattr(calibration, "CHUNKS", {"cpu": 16})
+    assert len(calibration.measure(model, 5, draws=4).values["z"]) == 5
+    assert model.seen == [2, 2, 1]
 
 
 # --- the split -----------------------------------------------------------------------------------

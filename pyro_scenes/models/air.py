@@ -258,10 +258,5 @@ class AIR(Attend):
     def choose_likeliest(self, name: str, site, here: Tensor) -> Tensor:
         return (site.probs > 0.5).float() if name.startswith("z_pres") else site.mean
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        parts: dict[str, list[nn.Parameter]] = {"model": [], "guide": [], "baseline": []}
-        for name, parameter in self.named_parameters():
-            first = name.split(".")[0]
-            key = {"decoder": "model", "baseline": "baseline"}.get(first, "guide")
-            parts[key].append(parameter)
-        return parts
+    def group(self, part: str) -> str:
+        return {"decoder": "model", "baseline": "baseline"}.get(part, "guide")

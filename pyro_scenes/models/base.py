@@ -28,12 +28,14 @@ class GenerativeModel(PyroModule):
     :ivar likelihood: p(x given its mean), with ``name`` and ``binary``, see likelihoods.py.
     :ivar autocast: whether its networks may use bfloat16; a training sets it.
     :ivar decoders: names of its parts that make p(x given z); priors are called ``NAME_prior``.
+    :ivar rates: names of the learning rates that its objective sets, see ``group``.
     """
 
     image_shape: tuple[int, int, int]
     likelihood: nn.Module
     autocast: bool = False
     decoders: tuple[str, ...] = ("decoder",)
+    rates: tuple[str, ...] = ("all",)
 
     def __getattr__(self, name: str) -> Any:
         """A part, of whose parameters Pyro is told once in a trace, not whenever it is read."""
@@ -79,7 +81,14 @@ class GenerativeModel(PyroModule):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the learning rate that they share."""
-        return {"all": list(self.parameters())}
+        groups: dict[str, list[nn.Parameter]] = {name: [] for name in self.rates}
+        for name, parameter in self.named_parameters():
+            groups[self.group(name.split(".")[0])].append(parameter)
+        return groups
+
+    def group(self, part: str) -> str:
+        """Which of ``rates`` the parameters of a part have."""
+        return self.rates[0]
 
     def generative(self) -> list[nn.Parameter]:
         """Parameters of p(x, z). All others are the guide's."""

@@ -442,14 +442,9 @@ class LAVAE(SceneModel):
 
     # --- for training -----------------------------------------------------------------------
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        groups: dict[str, list[nn.Parameter]] = {"location": [], "prior": [], "rest": []}
-        for name, parameter in self.named_parameters():
-            first = name.split(".")[0]
-            # A learned p(z_app) is of the rest: it learns as fast as what it is the prior of.
-            key = {"location_net": "location", "count_prior": "prior"}.get(first, "rest")
-            groups[key].append(parameter)
-        return groups
+    def group(self, part: str) -> str:
+        # A learned p(z_app) is of the rest: it learns as fast as what it is the prior of.
+        return {"location_net": "location", "count_prior": "prior"}.get(part, "rest")
 
     def renew(self) -> None:
         """New networks of appearance."""
