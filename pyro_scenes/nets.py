@@ -260,6 +260,39 @@ class SpriteMLP(nn.Module):
         return widened(self.net(z)).view(-1, *self.shape).sigmoid()
 
 
+class Deformation(nn.Linear):
+    """z_attr -> how a picture is bent, and how bold it is drawn: linear, the same for any picture.
+
+    What it adds to the coordinates at which a picture is read is smooth, of POINTS a side; then the
+    odds of each value, v / (1 - v), are multiplied by a number. Neither makes ink where there is
+    none, nor takes it away from a part alone, so that a shape remains the shape that it is.
+    """
+
+    POINTS = 4
+    BOLDEST = 4.0  # largest logarithm of what odds are multiplied by
+
+    def __init__(self, attributes: int):
+        super().__init__(attributes, 2 * self.POINTS**2 + 1, bias=False)
+        nn.init.normal_(self.weight, std=0.03)
+        with torch.no_grad():
+            self.weight[-1] *= 5
+
+    def forward(self, picture: Tensor, attributes: Tensor) -> Tensor:  # type: ignore[override]
+        """:param picture: (N, C, S, S) in [0, 1]. :param attributes: (N, A). :return: as it."""
+        if not len(picture):
+            return picture  # interpolate refuses nothing
+        offsets, odds = super().forward(attributes).split([2 * self.POINTS**2, 1], -1)
+        field = F.interpolate(
+            offsets.unflatten(-1, (2, self.POINTS, self.POINTS)), size=picture.shape[-2:],
+            mode="bicubic", align_corners=True,
+        )  # (N, 2, S, S), x and y, 2 across the picture
+        here = torch.eye(2, 3, device=picture.device, dtype=field.dtype).expand(len(field), 2, 3)
+        place = F.affine_grid(here, list(picture.shape), align_corners=False)
+        bent = F.grid_sample(picture, place + field.permute(0, 2, 3, 1), align_corners=False)
+        odds = odds.clamp(-self.BOLDEST, self.BOLDEST).exp()[..., None, None]  # (N, 1, 1, 1)
+        return bent * odds / (1 - bent + bent * odds)
+
+
 class PaperSprite(nn.Module):
     """f_sprite of LAVAE's appendix B: linear, convolution, interpolation, 3 residual blocks."""
 

@@ -502,6 +502,74 @@ def test_templates_by_hand(combine) -> None:
     assert found.shape == (2, 1, 4, 4) and ((found > 0) & (found < 1)).all()
 
 
+def deforming() -> DiscreteAIR:
+    config = replace(DISCRETE, combine="deform", classes=3, attributes=2, window=8)
+    return DiscreteAIR(config, SHAPE).eval()
+
+
+def test_attributes_of_0_deform_nothing() -> None:
+    model, kind = deforming(), torch.eye(3)
+    plain = model.decoder(model.template(kind))
+    assert torch.allclose(model.templates(kind, torch.zeros(3, 2)), plain, atol=1e-6)
+    assert not torch.allclose(model.templates(kind, torch.ones(3, 2)), plain, atol=1e-3)
+    model.attributes_on = 0.0
+    assert torch.equal(model.templates(kind, torch.ones(3, 2)), plain)
+
+
+def test_attributes_that_bend_and_thicken_by_hand() -> None:
+    """The first reads all two pixels to the right and one up; the second doubles odds."""
+    model = deforming()
+    field, odds = model.attribute.weight.data.split([32, 1])
+    field.zero_()
+    field[:16, 0], field[16:, 0] = 2 * 2 / 8, -1 * 2 / 8
+    odds[0] = torch.tensor([0.0, math.log(2.0)])
+    picture = torch.rand(3, 2, 8, 8)
+    moved = torch.zeros_like(picture)
+    moved[..., 1:, :6] = picture[..., :7, 2:]
+    what = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    bolder = [2 * v / (1 + v) for v in (picture[1], moved[2])]
+    expected = torch.stack([moved[0], *bolder])
+    assert torch.allclose(model.attribute(picture, what), expected, atol=1e-5)
+
+
+def test_a_bend_is_smooth_and_the_same_for_every_category() -> None:
+    """Between its points it is bicubic: one point moves its neighbourhood, and all alike."""
+    model = deforming()
+    model.attribute.weight.data.zero_()
+    model.attribute.weight.data[5, 0] = 0.1  # x of the second point of the second row
+    across = torch.linspace(0, 1, 8).expand(1, 1, 8, 8)
+    apart = model.attribute(across, torch.tensor([[1.0, 0.0]])) - across
+    inside = apart[0, 0, :, 1:-1]  # a ramp, which is read at 0.1 / 2 * 8 pixels more
+    row, column = divmod(int(inside.argmax()), 6)
+    assert abs(row - 7 / 3) < 1 and abs(column + 1 - 7 / 3) < 1
+    assert 0.8 < inside.max() / (0.4 / 7) <= 1.001 and inside[-1].abs().max() < 1e-3
+
+
+def test_deformations_far_out_have_finite_gradients() -> None:
+    model, picture = deforming(), torch.tensor([0.0, 1.0, 0.5, 1e-8]).repeat(16).view(1, 1, 8, 8)
+    what = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    for sign in (1, -1):
+        found = model.attribute(picture, sign * what)
+        assert found.isfinite().all() and (found >= 0).all() and (found <= 1).all()
+        gradient, = torch.autograd.grad(found.sum(), what)
+        assert gradient.isfinite().all()
+
+
+def test_the_guide_compares_each_category_deformed_as_the_model_draws_it(monkeypatch) -> None:
+    model, seen = deforming(), []
+
+    def noted(left: Tensor, drawn: Tensor, mean: Tensor) -> Tensor:
+        seen.append(drawn)
+        return mean[..., 0]
+
+    monkeypatch.setattr(model, "_gain", noted)
+    left, h = torch.rand(2, *SHAPE), torch.randn(2, model.attributes_head.in_features)
+    guess = model._guess(left, h, torch.zeros(2, 2))
+    kinds = torch.eye(3).repeat(2, 1)
+    expected = model.templates(kinds, guess.attributes[0].flatten(0, 1)).view(2, 3, 1, 8, 8)
+    assert torch.allclose(seen[0], expected, atol=1e-6)
+
+
 def test_poses_by_hand() -> None:
     """Of the prior's mean and of what is one deviation away, each by the configuration's word."""
     zeros, ones = torch.zeros(1, 3), torch.ones(1, 3)

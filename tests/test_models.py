@@ -51,6 +51,7 @@ DIGITS = replace(
     DISCRETE, angles=0, isotropic=False, shear=True, straight_through=True, looks=2, rounds=1,
     attribute_least=0.5,
 )
+DEFORMED = replace(DIGITS, combine="deform", attributes=3)
 ATTEND = AIRConfig(
     max_objects=2, latent=2, window=6, decoder_hidden=(5,), encoder_hidden=(6,), hidden=7,
     glimpse=8, glimpse_width=2,
@@ -104,6 +105,9 @@ TABLE = {
         lambda: DiscreteAIR(DIGITS, SHAPE), training={"temperature": 0.5}
     ),
     "discrete-air, digits' as evaluated": Row(lambda: DiscreteAIR(DIGITS, SHAPE)),
+    "discrete-air, deformed": Row(
+        lambda: DiscreteAIR(DEFORMED, SHAPE), training={"temperature": 0.5}
+    ),
     "air": Row(lambda: AIR(ATTEND, SHAPE), unreached=BASELINE),
     "air, paper's networks": Row(
         lambda: AIR(replace(ATTEND, networks="paper"), SHAPE), unreached=BASELINE

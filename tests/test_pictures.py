@@ -195,7 +195,7 @@ def test_tables_say_what_the_graph_says(made: dict) -> None:
     assert columns[0][1] == ("", "dx (px)", "dy (px)", "direction", "appearance distance")
 
 
-def test_templates_are_the_models(made: dict) -> None:
+def test_templates_are_the_models(made: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS["attributes"]().eval()
     pictures.templates(model, images(2))
     (rows, labels, headings), _ = made["traversal_figure"]
@@ -206,6 +206,15 @@ def test_templates_are_the_models(made: dict) -> None:
         what[:, attribute] = torch.linspace(-2, 2, 9)
         expected = model.templates(torch.eye(3)[[kind] * 9], what)
         torch.testing.assert_close(row, expected)
+
+    monkeypatch.setattr(changing, "ATTRIBUTES", 1)  # of two: the one that changes them more
+    with torch.no_grad():
+        model.attribute.weight[:, 0] = 3 * model.attribute.weight[:, 1]
+    pictures.templates(model, images(2))
+    (rows, labels, _), _ = made["traversal_figure"]
+    assert labels == [f"category {k}, attribute 0" for k in range(3)]
+    what = torch.stack([torch.linspace(-2, 2, 9), torch.zeros(9)], 1)
+    torch.testing.assert_close(rows[2], model.templates(torch.eye(3)[[2] * 9], what))
 
     model = MODELS["no attributes"]().eval()
     pictures.templates(model, images(2))

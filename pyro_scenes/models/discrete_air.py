@@ -9,6 +9,7 @@ objects that are not count nothing::
     p(x, z) = prod_t p(z_pres_t) p(z_cat_t) p(z_where_t) p(z_attr_t)  p(x | C_T)
     C_t = C_{t-1} + z_pres_1 ... z_pres_t ST(f(z_cat_t, z_attr_t), T^d(z_where_t))
     f = decoder(f_t(z_cat) + f_a(z_attr)), or their product          (section 2.1)
+        or, with ``combine=deform``, decoder(f_t(z_cat)) bent by f_a(z_attr)
 
 and the guide, which looks at what is left to explain (section 2.2)::
 
@@ -40,9 +41,13 @@ more with the exact gradient, and 0.95 and 0.87 times its length at temperature 
 should, or not at all (tests/test_gradients.py). No gradient passes through C_t into what the guide
 draws later: of two objects or more that of the continuous sites lacks this term.
 
-Where the fast preset leaves the paper's guide, and why. The model is the paper's but for its
-decoder, which is fully connected, and for one scale of both sides where shapes have one size:
+Where the fast preset leaves the paper, and why. The model is the paper's but for its decoder, which
+is fully connected, for one scale of both sides where shapes have one size, and for the first of:
 
+- With `combine=deform`, attributes bend a template smoothly and make it bold or thin, in the same
+  way whatever its category (`nets.Deformation`), where the paper's make another picture of it. A
+  sum of codes can turn a 3 into an 8, so that one category serves both, and needs one number that
+  tells little not to; a shape that is bent stays that shape, whatever the numbers.
 - It looks before it regresses: the LSTM reads a glimpse round the place with most unexplained
   ink, and z_where is relative to it. Regressing a position from a flat picture is the slow part.
 - It asks the model for the category: each category's template, at the pose and attributes that
@@ -104,7 +109,7 @@ class DiscreteAIRConfig:
     classes: int = 3  # K, categories
     attributes: int = 0  # A, dimensions of z_attr
     attribute_least: float = 1e-3  # standard deviation of q(z_attr), at least
-    combine: str = "add"  # f_t and f_a: add or multiply
+    combine: str = "add"  # f_t and f_a: add or multiply, or deform what f_t alone gives
     shear: bool = False  # whether z_where has two numbers for it
     isotropic: bool = True  # one scale for both sides
     scale_least: float = 0.08  # of half the image's side
@@ -187,6 +192,7 @@ class DiscreteAIR(Attend):
     """
 
     decoders = ("template", "attribute", "decoder")
+    rates = ("model", "guide")
     appearance_site = "z_attr"
     across = PLACE.start
 
@@ -201,8 +207,8 @@ class DiscreteAIR(Attend):
         self.temperature: float | None = None
         self.attributes_on = 1.0
         self.start: Tensor | None = None
-        if c.networks not in ("fast", "paper") or c.combine not in ("add", "multiply"):
-            raise UserError("networks must be fast or paper, and combine add or multiply")
+        if c.networks not in ("fast", "paper") or c.combine not in ("add", "multiply", "deform"):
+            raise UserError("networks must be fast or paper, and combine add, multiply or deform")
         where = 7 if c.shear else 5
         # generative model: p(n) for z_pres, p(z_cat), p(z_where), p(z_attr), p(x | C_T)
         self.count_prior: nn.Module = GeometricCount(c.more, c.max_objects)
@@ -213,7 +219,12 @@ class DiscreteAIR(Attend):
         # f_t, f_a and the decoder
         self.template = nn.Linear(c.classes, c.code)
         nn.init.normal_(self.template.weight)  # categories start apart
-        self.attribute = nn.Linear(c.attributes, c.code) if c.attributes else None
+        self.attribute: nn.Linear | None = None
+        if c.attributes:
+            deforms = c.combine == "deform"
+            self.attribute = (
+                nets.Deformation(c.attributes) if deforms else nn.Linear(c.attributes, c.code)
+            )
         # inference networks: the LSTM of what is left to explain, then the parameters of each site
         paper = c.networks == "paper"
         self.latents = 2 + where + c.classes + c.attributes
@@ -318,10 +329,12 @@ class DiscreteAIR(Attend):
 
     def templates(self, kind: Tensor | None, what: Tensor | None) -> Tensor:
         code = self.template(kind)
-        if self.attribute is not None and self.attributes_on:
-            other = self.attributes_on * self.attribute(what)
-            code = code + other if self.config.combine == "add" else code * other
-        return self.decoder(code)
+        if self.attribute is None or what is None or not self.attributes_on:
+            return self.decoder(code)
+        if isinstance(self.attribute, nets.Deformation):
+            return self.attribute(self.decoder(code), self.attributes_on * what)
+        other = self.attributes_on * self.attribute(what)
+        return self.decoder(code + other if self.config.combine == "add" else code * other)
 
     # --- the guide --------------------------------------------------------------------------
 
@@ -505,8 +518,12 @@ class DiscreteAIR(Attend):
         mean = mean + turned
         with torch.no_grad():
             if attributes is not None and self.attributes_on:
-                drawn = self.templates(kinds.repeat(len(h), 1), attributes[0].flatten(0, 1))
-                drawn = drawn.unflatten(0, (len(h), -1))  # (N, K, C, S, S)
+                what, times = attributes[0].flatten(0, 1), len(h)
+                if isinstance(self.attribute, nets.Deformation):  # of what is decoded already
+                    drawn = self.attribute(drawn.repeat(times, 1, 1, 1), self.attributes_on * what)
+                else:
+                    drawn = self.templates(kinds.repeat(times, 1), what)
+                drawn = drawn.unflatten(0, (times, -1))  # (N, K, C, S, S)
             logits = self._gain(left, drawn, mean) - 0.5 * mean.square().sum(-1)  # (N, K)
             if attributes is not None:
                 logits = logits - 0.5 * attributes[0].square().sum(-1)
@@ -566,12 +583,8 @@ class DiscreteAIR(Attend):
         """The category as its index."""
         return value.argmax(-1, keepdim=True).to(value) if site == "z_cat" else value
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        parts: dict[str, list[nn.Parameter]] = {"model": [], "guide": []}
-        for name, parameter in self.named_parameters():
-            drawn = name.split(".")[0] in self.decoders
-            parts["model" if drawn else "guide"].append(parameter)
-        return parts
+    def group(self, part: str) -> str:
+        return "model" if part in self.decoders else "guide"
 
 
 def _of_chosen(z_cat: Tensor, values: Tensor) -> Tensor:

@@ -11,25 +11,26 @@ from torch import Tensor
 
 from pyro_scenes import plots
 from pyro_scenes.errors import NothingToDraw, UserError
-from pyro_scenes.machine import seeded
+from pyro_scenes.machine import at_a_time, seeded
 from pyro_scenes.models import GenerativeModel
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.pictures.common import IMAGES, STEPS, pick, scenes_in, varied
 from pyro_scenes.scene import POSE, Scene
 
-BATCH = 256  # images drawn at a time
+BATCH = 256  # images of 64 x 64 drawn at a time
 # Appearance dimensions in a traversal, and how far it goes: the prior's standard deviation is 1.
 DIMENSIONS, REACH = 6, 2.5
 VISIBLE = 0.2  # how much some pixel must change for a dimension to be shown
-ATTRIBUTE_REACH = 2.0  # how far attributes of templates go
+ATTRIBUTES, ATTRIBUTE_REACH = 2, 2.0  # rows of a template at most, and how far attributes go
 
 
 @torch.no_grad()
 def templates(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
     """The template of each category, with a row for each attribute as it varies if it has any.
 
-    What Discrete-AIR's figures 6 and 7 show in scenes. The images serve to tell what the model's
-    objects are made of.
+    What Discrete-AIR's figures 6 and 7 show in scenes. Of more than ATTRIBUTES attributes those
+    are shown that change the templates most. The images serve to tell what the model's objects are
+    made of.
 
     Raises:
         UserError: the model has no categories.
@@ -47,11 +48,14 @@ def templates(model: GenerativeModel, images: Tensor, limit: float | None = None
     for i in range(attributes):
         what[:, i, :, i] = values
     repeated = kinds.repeat_interleave(attributes)[:, None].repeat(1, STEPS)
-    made = _objects(repeated, what.flatten(0, 1))
+    drawn = model.sprites(_objects(repeated, what.flatten(0, 1)))
+    drawn = drawn.unflatten(0, (len(kinds), attributes))  # (K, A, STEPS, C, S, S)
+    effect = (drawn[:, :, -1] - drawn[:, :, 0]).abs().sum((0, 2, 3, 4))  # (A,)
+    shown = effect.topk(min(attributes, ATTRIBUTES)).indices.sort().values
     if attributes > 1:
-        names = [f"{name}, attribute {i}" for name in names for i in range(attributes)]
+        names = [f"{name}, attribute {i}" for name in names for i in shown.tolist()]
     headings = [f"attribute {value:g}" for value in values.tolist()]
-    return plots.traversal_figure(model.sprites(made), names, headings)
+    return plots.traversal_figure(drawn[:, shown].flatten(0, 1), names, headings)
 
 
 @torch.no_grad()
@@ -142,8 +146,9 @@ def sample_counted(
     model: GenerativeModel, count: int, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """The same with the number of objects in each, (count,); None of a model without objects."""
+    size = at_a_time(BATCH, *model.image_shape[1:])
     with seeded(seed, model.device):
-        sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+        sizes = [min(size, count - start) for start in range(0, count, size)]
         images, counts = zip(*(model.draw(size) for size in sizes), strict=True)
     return torch.cat(images).cpu(), None if None in counts else torch.cat(counts).cpu()
 
