@@ -57,7 +57,9 @@ NOTES = (
     " of K, about one for each object that the data's are drawn from, fitted to training scenes."
     " It takes nats off and has no part in counts ([what it gains](RUNS.md#what-shipped), with"
     " the nats of trainings with N(0, I)). A grid in phases has a learned prior of each phase given"
-    " those before; it is N(0, I) in the paper. Correspondence gives each category a label of"
+    " those before; it is N(0, I) in the paper. K deformations are z_attr, which in the paper is"
+    " one number that is added to a template's code, and here bends templates and makes them bold"
+    " ([what it gains](RUNS.md#discrete-air)). Correspondence gives each category a label of"
     " its own, wherever objects are; purity any, of objects matched by place, so where there are"
     " more categories than labels it is purity that says how pure they are. ARI is of the"
     " foreground. Seconds are of counts, places, categories and segmentations, of the shipped"
@@ -184,7 +186,7 @@ def _head(folder: Path, kept: Mapping[Path, dict], contents: Mapping[str, dict])
         paper = PAPERS.get((model, data), {})
         measured = kept.get(Cell(name, data, DATASETS[data].objects).file(folder), {})
         rows.append((
-            data, f"[{model}](pyro_scenes/checkpoints/{name}.md){_prior(settings)}", str(len(runs)),
+            data, f"[{model}](pyro_scenes/checkpoints/{name}.md){_departure(settings)}", str(len(runs)),
             tables.bound(figures), tables.images_error(figures), paper.get("nll", "-"),
             _entropy(measured),
             tables.spread(figures, "count_accuracy", 4), paper.get("count", "-"),
@@ -195,9 +197,11 @@ def _head(folder: Path, kept: Mapping[Path, dict], contents: Mapping[str, dict])
     return "\n".join(tables.lines(headings, sorted(rows), keep=0)) + "\n\n" + NOTES
 
 
-def _prior(settings: Mapping) -> str:
-    """The prior of appearances or of a grid of codes, where it is another one than the paper's."""
+def _departure(settings: Mapping) -> str:
+    """The prior, or what attributes do to a template, where it is other than the paper's."""
     net = settings["net"]
+    if net.get("combine") == "deform":
+        return f", {net['attributes']} deformations"
     if net.get("networks") == "fast" and settings["model"] == "conv-vae":
         return ", grid in phases"
     prior = net.get("appearance_prior", "normal")

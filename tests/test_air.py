@@ -23,7 +23,7 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.models.air import AIR, LARGEST, SMALLEST, AIRConfig
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.models.discrete_air import SPREAD, DiscreteAIR, DiscreteAIRConfig
-from pyro_scenes.nets import LookingCell
+from pyro_scenes.nets import Deformation, LookingCell
 from pyro_scenes.objectives.air import (
     AIRObjective,
     AIRSchedule,
@@ -543,6 +543,14 @@ def test_a_bend_is_smooth_and_the_same_for_every_category() -> None:
     row, column = divmod(int(inside.argmax()), 6)
     assert abs(row - 7 / 3) < 1 and abs(column + 1 - 7 / 3) < 1
     assert 0.8 < inside.max() / (0.4 / 7) <= 1.001 and inside[-1].abs().max() < 1e-3
+
+
+def test_gradients_of_a_deformation_against_finite_differences() -> None:
+    attribute = Deformation(2).double()
+    picture, what = torch.rand(2, 1, 5, 5).double(), torch.randn(2, 2).double()
+    assert torch.autograd.gradcheck(
+        attribute, (picture.requires_grad_(), what.requires_grad_()), eps=1e-7, atol=1e-5
+    )
 
 
 def test_deformations_far_out_have_finite_gradients() -> None:

@@ -121,20 +121,20 @@ def test_the_page_shows_no_cell_of_other_weights_and_how_much_was_measured() -> 
 
 @pytest.mark.parametrize("net,said", [
     ({"appearance_prior": "mixture:7"}, ", mixture:7"), ({"appearance_prior": "normal"}, ""),
-    ({}, ""),
+    ({}, ""), ({"combine": "add", "attributes": 1}, ""),
+    ({"combine": "deform", "attributes": 8}, ", 8 deformations"),
 ])
-def test_the_head_says_where_a_prior_is_not_the_papers(net: dict, said: str) -> None:
-    assert suite._prior({"net": net}) == said
+def test_the_head_says_where_a_model_is_not_the_papers(net: dict, said: str) -> None:
+    assert suite._departure({"net": net}) == said
     if said:
         path = checkpoint.SHIPPED / "tiny.json"
-        content = json.loads(path.read_text())
+        before, content = (json.loads(path.read_text()) for _ in range(2))
         content["settings"]["net"] |= net
         try:
             write_json(path, content)
             assert f"tiny.md){said} |" in suite.head(Path("results"))
         finally:
-            content["settings"]["net"]["appearance_prior"] = "normal"
-            write_json(path, content)
+            write_json(path, before)
 
 
 def test_a_failure_is_kept_and_shown(monkeypatch) -> None:

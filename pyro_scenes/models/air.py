@@ -103,6 +103,7 @@ class AIR(Attend):
     """
 
     across = 1
+    rates = ("model", "guide", "baseline")
 
     def __init__(self, config: AIRConfig, image_shape: tuple[int, int, int]):
         super().__init__()

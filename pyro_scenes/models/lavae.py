@@ -185,6 +185,7 @@ class LAVAE(SceneModel):
 
     likelihood: BernoulliImage
     decoders = ("sprite_net",)
+    rates = ("location", "prior", "rest")
     where_site = "z_loc"
 
     def __init__(self, config: LAVAEConfig, image_shape: tuple[int, int, int]):
