@@ -186,7 +186,8 @@ def _head(folder: Path, kept: Mapping[Path, dict], contents: Mapping[str, dict])
         paper = PAPERS.get((model, data), {})
         measured = kept.get(Cell(name, data, DATASETS[data].objects).file(folder), {})
         rows.append((
-            data, f"[{model}](pyro_scenes/checkpoints/{name}.md){_departure(settings)}", str(len(runs)),
+            data, f"[{model}](pyro_scenes/checkpoints/{name}.md){_departure(settings)}",
+            str(len(runs)),
             tables.bound(figures), tables.images_error(figures), paper.get("nll", "-"),
             _entropy(measured),
             tables.spread(figures, "count_accuracy", 4), paper.get("count", "-"),
