@@ -275,7 +275,7 @@ class Deformation(nn.Linear):
         super().__init__(attributes, 2 * self.POINTS**2 + 1, bias=False)
         nn.init.normal_(self.weight, std=0.03)
         with torch.no_grad():
-            self.weight[-1] *= 5
+            self.weight[-1] *= 5  # logarithms of odds are larger than parts of a picture
 
     def forward(self, picture: Tensor, attributes: Tensor) -> Tensor:  # type: ignore[override]
         """:param picture: (N, C, S, S) in [0, 1]. :param attributes: (N, A). :return: as it."""

@@ -46,8 +46,8 @@ is fully connected, for one scale of both sides where shapes have one size, and 
 
 - With `combine=deform`, attributes bend a template smoothly and make it bold or thin, in the same
   way whatever its category (`nets.Deformation`), where the paper's make another picture of it. A
-  sum of codes can turn a 3 into an 8, so that one category serves both, and needs one number that
-  tells little not to; a shape that is bent stays that shape, whatever the numbers.
+  sum of codes turns a 3 into an 8, and one category serves both, unless it is of one number that
+  tells little; a shape that is bent stays that shape, whatever the numbers.
 - It looks before it regresses: the LSTM reads a glimpse round the place with most unexplained
   ink, and z_where is relative to it. Regressing a position from a flat picture is the slow part.
 - It asks the model for the category: each category's template, at the pose and attributes that
@@ -145,11 +145,13 @@ DIGITS = {
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
 GREY = {
-    "blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 2000, "steps": 6000,
+    "blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 2000, "steps": 8000,
     # Digits are of nearly one size: a prior that says so keeps strokes from being objects.
     "scale_least": 0.25, "scale_most": 0.6,
-    # Strokes that are left of a digit are not objects; an attribute does not make a 6 a 0.
-    "straight_through": True, "looks": 3, "rounds": 2, "attribute_least": 0.5,
+    # Strokes that are left of a digit are not objects.
+    "straight_through": True, "looks": 3, "rounds": 2,
+    # Attributes do not make a 6 a 0.
+    "combine": "deform", "attributes": 8, "attribute_least": 0.5,
 }
 # Binary digits, up to three, a third as large: each pixel counts more, and so do attributes.
 BINARY = {
