@@ -24,7 +24,9 @@ SAMPLES = 24
 CHOICE = 64  # images that traversals and swaps are made from: the first that suit
 # Pictures of what the model knows: heading, caption.
 DRAWN = {
-    "templates": ("Templates", "What each category looks like, as its attributes vary."),
+    "templates": (
+        "Templates", "What each category looks like, as its attributes vary: of many, those two "
+        "that change templates most."),
     "traversal": (
         "Traversal", "One object of the first image that has one; each row changes one thing."),
     "swap": (
