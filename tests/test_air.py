@@ -1336,7 +1336,9 @@ def test_presets_suit_the_data() -> None:
     sprites, digits = (make_config("discrete-air", data) for data in
                        ("multi-sprites", "multi-mnist"))
     assert (sprites.net.classes, sprites.net.attributes, sprites.net.max_objects) == (3, 0, 3)
-    assert (digits.net.classes, digits.net.attributes, digits.net.max_objects) == (10, 1, 2)
+    assert (digits.net.classes, digits.net.attributes, digits.net.max_objects) == (10, 8, 2)
+    paper = make_config("discrete-air", "multi-mnist", "paper").net
+    assert (paper.classes, paper.attributes, paper.combine, paper.max_objects) == (10, 1, "add", 2)
     assert digits.train.steps != sprites.train.steps
     assert digits.schedule.attributes_from == 2000
     changed = make_config("discrete-air", "multi-mnist", settings=["classes=12"], steps=7)
