@@ -532,8 +532,8 @@ def test_attributes_that_bend_and_thicken_by_hand() -> None:
     assert torch.allclose(model.attribute(picture, what), expected, atol=1e-5)
 
 
-def test_a_bend_is_smooth_and_the_same_for_every_category() -> None:
-    """Between its points it is bicubic: one point moves its neighbourhood, and all alike."""
+def test_a_bend_is_smooth_between_its_points() -> None:
+    """It is bicubic: one point moves its neighbourhood alone."""
     model = deforming()
     model.attribute.weight.data.zero_()
     model.attribute.weight.data[5, 0] = 0.1  # x of the second point of the second row
