@@ -502,6 +502,17 @@ def test_templates_by_hand(combine) -> None:
     assert found.shape == (2, 1, 4, 4) and ((found > 0) & (found < 1)).all()
 
 
+@pytest.mark.parametrize("combine", ["add", "multiply", "deform"])
+def test_templates_without_attributes_have_them_at_0(combine: str) -> None:
+    model = DiscreteAIR(replace(DISCRETE, combine=combine, attributes=2), SHAPE).eval()
+    kind = torch.eye(2)
+    found = model.templates(kind, None)
+    assert torch.equal(found, model.templates(kind, torch.zeros(2, 2)))
+    if combine != "deform":  # the attributes' network has something to say at 0, too
+        model.attributes_on = 0.0
+        assert not torch.allclose(found, model.templates(kind, None), atol=1e-3)
+
+
 def deforming() -> DiscreteAIR:
     config = replace(DISCRETE, combine="deform", classes=3, attributes=2, window=8)
     return DiscreteAIR(config, SHAPE).eval()

@@ -311,7 +311,8 @@ def test_the_command_prints_and_writes_it(folder):
     result = run(f"{line} --json new/entropy.json")
     assert result.exit_code == 0, result.output
     found = scene_entropy(DATASETS["multi-dsprites"], (1, 2), images=80, seed=4)
-    headings, row = result.output.splitlines()
+    headings, row = result.stdout.splitlines()
+    assert "100%" in result.stderr and "80/80" in result.stderr
     assert headings.split() == ["count", "places", "appearances", "entropy", "(nats)"]
     assert row.split() == [
         "multi-dsprites,", "1", "to", "2", "objects",

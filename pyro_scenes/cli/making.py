@@ -66,7 +66,9 @@ def make_scenes(name: str | None, images: int, objects: tuple[int, int] | None, 
         assert name is not None
         report.claim([figures], [], force)
         spec = dataset(name)
-        found = scene_entropy(spec, objects, images=images, seed=seed, mnist=mnist)
+        found = scene_entropy(
+            spec, objects, images=images, seed=seed, mnist=mnist, progress=True
+        )
         low, high = objects or spec.objects
         click.echo(report.entropy(f"{name}, {low} to {high} objects", found))
         if figures:

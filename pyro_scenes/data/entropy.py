@@ -49,6 +49,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from pyro_scenes.data import placing
 from pyro_scenes.data.generator import DatasetSpec, Sprites, SpriteScenes
@@ -61,6 +62,8 @@ from pyro_scenes.errors import UserError
 IMAGES = 1000
 # Numbers held at a time in each of the arrays below.
 BLOCK = 2**21
+# Pictures between two steps of the progress bar.
+STRIDE = 250
 
 # An object's room on the canvas: left, top, right, bottom, inclusive.
 Room = tuple[int, int, int, int]
@@ -85,13 +88,14 @@ def _entropy_of(origin: Origin) -> dict[str, float] | None:
 
 def scene_entropy(
     spec: DatasetSpec, objects: tuple[int, int] | None = None, *, images: int = 10_000,
-    seed: int = 0, mnist: Path | None = None,
+    seed: int = 0, mnist: Path | None = None, progress: bool = False,
 ) -> dict[str, float]:
     """The entropy of a data set's generator, nats per image.
 
     Args:
         objects: fewest and most objects a scene; None is the data set's own range.
         images: pictures for the Monte Carlo, of all counts together; at least 2 of each are made.
+        progress: whether a bar shows how many of them are done.
 
     Returns:
         total and stderr, its standard error; count, places and appearances, which sum to the total.
@@ -116,10 +120,17 @@ def scene_entropy(
     # The error of step k is in Z_n of all n > k.
     share = np.array([sum(n > k for n in counts) / len(counts) for k in range(high)])
     total, variance = 0.0, float(((share * errors) ** 2).sum())
-    for data in pictures:
-        nats = -log_probability(data, known, (low, high), log_success)
-        total += nats.mean() / len(counts)
-        variance += nats.var(ddof=1) / each / len(counts) ** 2
+    all_of_them = each * len(counts)
+    with tqdm(total=all_of_them, desc="entropy", unit="image", disable=not progress) as bar:
+        for data in pictures:
+            parts = []
+            for start in range(0, each, STRIDE):
+                part = data[start:start + STRIDE]
+                parts.append(log_probability(part, known, (low, high), log_success))
+                bar.update(len(part))
+            nats = -np.concatenate(parts)
+            total += nats.mean() / len(counts)
+            variance += nats.var(ddof=1) / each / len(counts) ** 2
     split = {"count": math.log(len(counts)), "appearances": (low + high) / 2 * known.entropy}
     return {"total": float(total), "stderr": math.sqrt(variance), "count": split["count"],
             "places": float(total) - sum(split.values()), "appearances": split["appearances"]}

@@ -330,9 +330,12 @@ class DiscreteAIR(Attend):
         return scale, c.angle_deviation * z_where[..., ANGLE], shear, SPREAD * z_where[..., PLACE]
 
     def templates(self, kind: Tensor | None, what: Tensor | None) -> Tensor:
+        """See the base class; without ``what`` attributes are at their prior's mean, 0."""
         code = self.template(kind)
-        if self.attribute is None or what is None or not self.attributes_on:
+        if self.attribute is None or not self.attributes_on:
             return self.decoder(code)
+        if what is None:
+            what = code.new_zeros(len(code), self.config.attributes)
         if isinstance(self.attribute, nets.Deformation):
             return self.attribute(self.decoder(code), self.attributes_on * what)
         other = self.attributes_on * self.attribute(what)
@@ -511,8 +514,7 @@ class DiscreteAIR(Attend):
             attributes = self._attributes(raw)  # (N, K, A) each
         kinds = torch.eye(self.classes, device=h.device)
         with torch.no_grad():
-            still = kinds.new_zeros(self.classes, c.attributes) if c.attributes else None
-            drawn = self.templates(kinds, still)  # (K, C, S, S)
+            drawn = self.templates(kinds, None)  # (K, C, S, S)
             turned = torch.zeros_like(mean)
             if self.turn is not None:
                 size, _, _, place = self.pose(mean)
