@@ -256,9 +256,10 @@ def by_submitit(
 ) -> None:
     """As one job array of submitit, on SLURM where that is.
 
-    :param jobs: most at a time.
+    :param jobs: most at a time, on SLURM; elsewhere submitit starts all at once.
     :param parameters: of submitit's executor, such as slurm_partition, and cluster.
-    :raises UserError: if submitit is not here, or does not know a parameter.
+    :raises UserError: if submitit is not here, does not take a parameter, or finds no cluster and
+        would start more runs than that on this machine.
     """
     try:
         import submitit
@@ -266,11 +267,19 @@ def by_submitit(
         raise UserError("--launcher submitit needs a package that is not here:"
                         " install pyro_scenes[cluster]") from None
     given: dict[str, Any] = {"name": "svi-sweep", "timeout_min": 24 * 60} | parameters
-    executor = submitit.AutoExecutor(folder=out / "submitit", cluster=given.pop("cluster", None))
     try:
+        executor = submitit.AutoExecutor(
+            folder=out / "submitit", cluster=given.pop("cluster", None)
+        )
         executor.update_parameters(slurm_array_parallelism=jobs, **given)
-    except (NameError, TypeError, ValueError) as error:
-        raise UserError(f"submitit does not take these parameters: {error}") from error
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
+        # What an assertion says may have lines of its own.
+        raise UserError(
+            f"submitit does not take these parameters: {' '.join(str(error).split())}"
+        ) from error
+    if executor.cluster == "local" and jobs < len(todo):
+        raise UserError(f"submitit finds no SLURM here, and would start all {len(todo)} runs at"
+                        " once: use --launcher local, which minds --jobs")
     submitted = executor.map_array(run_cell, todo)
     try:
         for cell, job in zip(todo, submitted, strict=True):

@@ -288,12 +288,15 @@ class Executor:
     last: "Executor"
 
     def __init__(self, folder: Path, cluster: str | None):
+        if cluster == "moon":
+            raise ValueError("no executor named moon")
         self.folder, self.cluster = folder, cluster
         Executor.last = self
 
     def update_parameters(self, **parameters: Any) -> None:
         if "speed" in parameters:
             raise NameError("Unknown argument 'speed'")
+        assert isinstance(parameters["timeout_min"], int), "expected int\nnot that"
         self.parameters = parameters
 
     def map_array(self, function: Any, cells: list[sweep.Cell]) -> list[Job]:
@@ -332,12 +335,34 @@ def test_an_interruption_cancels_the_jobs_of_submitit(launcher, tmp_path) -> Non
     assert [job.cancelled for job in Executor.last.jobs] == [True, True]
 
 
+def test_where_there_is_no_slurm_not_all_runs_start_at_once(launcher, tmp_path) -> None:
+    found = sweep.cells([], (0, 1), tmp_path, **COMMON)
+    here = {"cluster": "local"}
+    with pytest.raises(UserError, match="all 2 runs at once: use --launcher local"):
+        sweep.by_submitit(found, 1, lambda cell, error: None, tmp_path, here)
+    told: list[int] = []
+    sweep.by_submitit(found, 2, lambda cell, error: told.append(cell.seed), tmp_path, here)
+    assert told == [0, 1]
+
+
+def test_values_for_submitit_are_json_or_text(launcher, data, tmp_path) -> None:
+    words = ("mem_gb=1.5", "stderr_to_stdout=true", 'slurm_setup=["a", "b"]', "slurm_time=1:00",
+             "cluster=slurm")
+    options = [option for word in words for option in ("--launcher-set", word)]
+    invoke(data, tmp_path / "out", "--launcher", "submitit", *options)
+    found = Executor.last.parameters
+    assert (found["mem_gb"], found["stderr_to_stdout"]) == (1.5, True)
+    assert (found["slurm_setup"], found["slurm_time"]) == (["a", "b"], "1:00")
+
+
 @pytest.mark.parametrize("options, said", [
     (("--seeds", "x"), "seeds are like"),
     (("--grid", "speed=3"), "no setting is called 'speed'"),
     (("--launcher-set", "a=b"), "--launcher-set goes with"),
     (("--launcher", "submitit", "--launcher-set", "a"), "name=value"),
     (("--launcher", "submitit", "--launcher-set", "speed=3"), "submitit does not take"),
+    (("--launcher", "submitit", "--launcher-set", "cluster=moon"), "no executor named moon"),
+    (("--launcher", "submitit", "--launcher-set", "timeout_min=x"), "expected int not that"),
 ])
 def test_bad_input_is_one_line(launcher, data, tmp_path, options, said) -> None:
     result = invoke(data, tmp_path / "out", *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
               help="A setting of all runs. May be repeated.")
 @click.option("--jobs", metavar="N", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Runs at a time; on Linux, if more than one, each on a core of its own with "
-              "one thread.")
+              help="Runs at a time; on Linux, if more than one, each on one core with one thread.")
 @click.option("--images", metavar="N", type=click.IntRange(min=1), default=1000,
               show_default=True, help="Held-out images that each run is measured on.")
 @click.option("--particles", metavar="K", type=click.IntRange(min=1), default=10,
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
               help="submitit hands the runs to SLURM where that is: needs pyro_scenes[cluster].")
 @click.option("--launcher-set", "parameters", multiple=True, metavar="NAME=VALUE",
               help="A parameter of submitit's executor, such as slurm_partition=gpu, "
-              "gpus_per_node=1 or timeout_min=600. May be repeated.")
+              "gpus_per_node=1 or timeout_min=600; a VALUE that is JSON is read as that. May be "
+              "repeated.")
 @device_option
 @mnist_option
 @version_option
@@ -60,7 +61,10 @@ def sweep(model: str, data: str, preset: str, steps: int | None, seeds: str,
         name, equals, value = parameter.partition("=")
         if not equals:
             raise click.UsageError(f"a parameter is name=value, not {parameter!r}")
-        given[name] = int(value) if value.isdecimal() else value
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
     if given and launcher == "local":
         raise click.UsageError("--launcher-set goes with --launcher submitit")
     from pyro_scenes import sweep as sweeps
