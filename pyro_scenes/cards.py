@@ -60,11 +60,15 @@ def ship(
     :param runs: finished runs of one command that differ in their seeds alone.
     :param images: test images of each kind. :param nll_images: of those, the likelihood of so many.
     :return: the card.
-    :raises UserError: if a run is missing, unfinished or not of the same command, or a name would
-        lead out of the folder.
+    :raises UserError: if a run is missing, unfinished or not of the same command, a name would
+        lead out of the folder, or files of that name are there that are no checkpoint's.
     """
     if Path(name).name != name or name in ("", ".."):
         raise UserError(f"{name!r} is not a name: it has folders in it")
+    others = [folder / f"{name}{ending}" for ending in (".json", ".md", ".png")]
+    foreign = next((path for path in others if path.exists()), None)
+    if foreign and not (folder / f"{name}.pt").exists():
+        raise UserError(f"{foreign} is there already, and is of no checkpoint: ship by another name")
     loaded = [checkpoint.load(run, device) for run in runs]
     _same_command(loaded)
     entries = []

@@ -258,15 +258,27 @@ def unseen(
     """
     if data in DATASETS:
         return load(data, images=images, objects=objects, mnist=mnist)
-    channels, own = trained.model.image_shape[0], trained.config.data
-    scenes = load(data, objects=objects, channels=channels)
-    if trained.images:
-        same = trained.images == scenes.digest()
-    else:
-        same = own not in DATASETS and Path(data).resolve() == Path(own).resolve()
-    if not same:
+    scenes = load(data, objects=objects, channels=trained.model.image_shape[0])
+    if not _trained_on(trained, data, scenes):
         return scenes[:images]
     return replace(split_held_out(scenes)[1][:images], name=f"{scenes.name}, held out")
+
+
+def _trained_on(trained: checkpoint.Checkpoint, data: str, scenes: SceneData) -> bool:
+    """Whether the scenes of a file are all that a run was trained on and has held out."""
+    if trained.images:
+        return trained.images == scenes.digest()
+    own = trained.config.data
+    return own not in DATASETS and Path(data).resolve() == Path(own).resolve()
+
+
+def source(trained: checkpoint.Checkpoint, data: str) -> str:
+    """Where a run's training data lie now: at ``data``, if that has them, or where they lay."""
+    own = trained.config.data
+    if own in DATASETS or data in DATASETS or Path(own).exists():
+        return own
+    channels = trained.model.image_shape[0]
+    return data if _trained_on(trained, data, load(data, channels=channels)) else own
 
 
 def held_out(
@@ -282,6 +294,9 @@ def held_out(
     """
     model, data = trained.model, trained.config.data
     if data not in DATASETS:
+        if not Path(data).exists():
+            raise UserError(f"{data}, which the run was trained on, is not there: bring it back, or"
+                            " say where it is now by --data")
         scenes = load(data)
         if trained.images and trained.images != scenes.digest():
             raise UserError(f"{data} has other images than those that the run was trained on: what"

@@ -37,6 +37,7 @@ def parse(
     model: GenerativeModel,
     data: str | Path | SceneData,
     *,
+    images: str | None = None,
     mnist: Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -46,6 +47,7 @@ def parse(
     :param texts: such as "count=uniform:4-5" and "appearance=mixture:10", one a name.
     :param data: what those that are to be fitted are fitted to, the first images of, as many as it
         takes: scenes, or the training part of a registered data set or a file.
+    :param images: the digest of all images of that file, if it must be these.
     :raises UserError: for what cannot be read, or does not suit the model.
 
     >>> from pyro_scenes import checkpoint
@@ -71,7 +73,7 @@ def parse(
         if unfitted:
             assert isinstance(model, SceneModel)
             wanted = max(prior.scenes for prior in unfitted.values())
-            found = look(model, _scenes(data, wanted, mnist, texts), progress)
+            found = look(model, _scenes(data, wanted, images, mnist, texts), progress)
         for name, prior in unfitted.items():
             if name == "count":
                 prior.begin(found.counts)
@@ -148,13 +150,17 @@ def _size(model: GenerativeModel, name: str) -> int:
 
 
 def _scenes(
-    data: str | Path | SceneData, wanted: int, mnist: Path | None, texts: Sequence[str]
+    data: str | Path | SceneData, wanted: int, images: str | None, mnist: Path | None,
+    texts: Sequence[str],
 ) -> SceneData:
     if isinstance(data, SceneData):
         return data[:wanted]
     try:
         if str(data) in DATASETS:
             return load(data, split="train", images=wanted, mnist=mnist)
-        return split_held_out(load(data))[0][:wanted]
+        scenes = load(data)
+        if images and images != scenes.digest():
+            raise UserError(f"{data} has other images than those of the training")
+        return split_held_out(scenes)[0][:wanted]
     except UserError as error:
         raise UserError(f"{' '.join(texts)}, fitted to scenes of the training: {error}") from None

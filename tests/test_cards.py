@@ -143,6 +143,14 @@ def test_weights_without_their_training_cannot_ship(runs: list[Path], tmp_path: 
         cards.ship("tiny", [tmp_path], folder=tmp_path / "shipped", images=2)
 
 
+def test_files_that_are_no_checkpoints_are_left(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("precious")
+    with pytest.raises(UserError, match="README.md is there already"):
+        cards.ship("README", runs[:1], folder=tmp_path, images=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "precious"
+
+
 def test_the_table_goes_between_its_marks(monkeypatch, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     marks = "<!-- svi-ship --readme -->\n{}\n<!-- end of svi-ship -->"

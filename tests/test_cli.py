@@ -363,6 +363,22 @@ def test_images_that_a_run_was_trained_on_are_not_measured(folder: Path) -> None
     assert (figures["data"], figures["images"]) == ("test.npz", 24)
 
 
+def test_priors_are_fitted_to_the_trainings_images_wherever_they_lie(folder: Path) -> None:
+    sampled = "svi-infer crowded --sample 2 --prior count=fit --force --out drawn.npz"
+    evaluated = "svi-eval crowded --prior count=fit --particles 2 --max-objects 99 --nll-images 1"
+    Path("data.npz").rename("moved.npz")
+    succeeded(f"{evaluated} --data moved.npz")
+    for line in (sampled, f"{evaluated} --data test.npz"):
+        result = run(line)
+        assert result.exit_code == 2 and "'data.npz'" in result.stderr, result.output
+    shutil.copy("test.npz", "data.npz")  # other images of that name
+    result = run(sampled)
+    assert result.exit_code == 2 and "data.npz has other images" in result.stderr, result.output
+    assert not Path("drawn.npz").exists()
+    Path("moved.npz").replace("data.npz")
+    succeeded(sampled)
+
+
 def test_a_folder_of_pngs_is_trained_on_and_known_again(folder: Path) -> None:
     Path("pngs").mkdir()
     for i, image in enumerate(scenes(24)["images"]):

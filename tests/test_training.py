@@ -231,6 +231,9 @@ def test_resuming_on_other_images_is_refused(tmp_path) -> None:
     assert files(out) == before
     with pytest.raises(UserError, match="other images"):
         report.held_out(checkpoint.load(out), 5, None)
+    file.unlink()
+    with pytest.raises(UserError, match="is not there: .* by --data"):
+        report.held_out(checkpoint.load(out), 5, None)
     np.savez(file, **scenes(24))
     assert len(run(config, out, resume=True)["loss"][0]) == 4
     assert list(report.held_out(checkpoint.load(out), 5, None)) == ["held out"]
@@ -238,6 +241,8 @@ def test_resuming_on_other_images_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("model, settings, side, said", [
     ("lavae", ("dreams=2", "count_softness=0"), 16, "count_softness"),
+    ("lavae", ("appearance_anew=true",), 16, "set rest_from"),
+    ("lavae", ("appearance_beta=0.2", "rest_from=0.5"), 16, "set rest_from and fit_from"),
     ("lavae", ("networks=paper", "sprite_width=6"), 10, "multiples of 4"),
     ("discrete-air", ("networks=paper", "angles=0", "window=32"), 6, "8 x 8"),
 ])

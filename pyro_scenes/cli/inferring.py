@@ -28,7 +28,8 @@ from pyro_scenes.cli.options import (
               help="Write the objects as JSON; with --sample, the images and counts as npz.")
 # Options of pictures go by the pictures' names inside.
 @click.option("--figure", "inference", type=FILE, metavar="FILE",
-              help="Draw inputs, reconstructions, places and sprites; with --sample, the images.")
+              help="Draw inputs, reconstructions, places and sprites; with --sample, the first 64 "
+              "of the images.")
 @click.option("--traverse", "traversal", type=FILE, metavar="FILE",
               help="Draw one object as it is moved and as its appearance is changed.")
 @click.option("--swap", type=FILE, metavar="FILE", help="Draw scenes with their objects swapped.")
@@ -86,7 +87,9 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
     trained = checkpoints.load(checkpoint, device)
     model = trained.model
     if sample:
-        swapped = swaps.parse(priors, model, trained.config.data, mnist=mnist, seed=seed)
+        swapped = swaps.parse(
+            priors, model, trained.config.data, images=trained.images, mnist=mnist, seed=seed
+        )
         with model.priors(**swapped):
             made, counts = pictures.sample_counted(model, sample, seed)
         drawn = {path: plots.samples_figure(made[:PICTURED]) for path in wanted.values()}

@@ -119,7 +119,10 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
     if curve and not bounds.applies(model, scenes):
         raise UserError(f"no --curve: the images are grey, and a {model.likelihood.name} likelihood"
                         " is of binary ones")
-    swapped = swaps.parse(priors, model, trained.config.data, mnist=mnist, seed=seed)
+    swapped = swaps.parse(
+        priors, model, report.source(trained, data) if priors else data, images=trained.images,
+        mnist=mnist, seed=seed,
+    )
     # Drawn before the long part and written after it: what fails does so early, and leaves nothing.
     with model.priors(**swapped):
         drawn = {}

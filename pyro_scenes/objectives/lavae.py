@@ -68,13 +68,13 @@ class LAVAESchedule:
     fit_from: float = 1.0  # part of it after which p(z_app) is one that was fitted, and learns
     appearance_beta: float = 1.0  # weight of z_app's divergence while places rest, until then
     appearance_anew: bool = False  # whether its networks begin again when places come to rest
-    probe: float = 0.1  # how often one object more than counted is drawn; falls to 0 at the end
+    probe: float = 0.1  # how often one object more than counted is drawn; 0 when places rest
     warmup_full: int = 200  # the location map mimics the auxiliary VAE's KL map up to this step,
     warmup_end: int = 400  # ever less until this one
     warmup_weight: float = 0.5  # of the squared distance, summed over pixels
     warmup_height: float = 3.5  # of the target's peaks, in units of h_loc
     warmup_blur: float = 3.5  # standard deviation, pixels
-    auxiliary_learning_rate: float = 2e-3  # auxiliary VAE
+    auxiliary_learning_rate: float = 2e-3  # auxiliary VAE; neither rises nor falls
 
 
 PAPER = LAVAESchedule(
@@ -147,6 +147,12 @@ class LAVAEObjective(Objective):
         if schedule.dreams and not model.config.count_softness:
             raise UserError("dreams teach counts by their gradient: set count_softness above 0, or"
                             " dreams to 0")
+        if schedule.appearance_anew and schedule.rest_from >= 1:
+            raise UserError("appearance_anew is of networks when places come to rest: set rest_from"
+                            " below 1")
+        if schedule.appearance_beta != 1 and max(schedule.rest_from, schedule.fit_from) >= 1:
+            raise UserError("appearance_beta counts while places rest, until p(z_app) is fitted: set"
+                            " rest_from and fit_from below 1")
         self.modules["auxiliary"] = self.auxiliary
         end = steps
         self.fits: int | None = None
