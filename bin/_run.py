@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(command):
     """Runs one command of pyro_scenes.cli on the arguments of this process."""
-    missing = [name for name in ("click", "torch", "pyro", "tqdm") if find_spec(name) is None]
+    needed = "click", "torch", "pyro", "tqdm", "networkx", "scipy", "matplotlib", "PIL"
+    missing = [name for name in needed if find_spec(name) is None]
     if missing or sys.version_info < (3, 11):
         venv = ROOT / ".venv"
         if (venv / ".ready").exists() and Path(sys.prefix).resolve() != venv:

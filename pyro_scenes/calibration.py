@@ -230,8 +230,9 @@ ERROR = 0.01  # how often a calibrated guide's worst distance is beyond the limi
 def summary(ranks: Ranks) -> dict[str, Any]:
     """Figures of each family, and of counts, that JSON can hold.
 
-    mean is 0.5 and spread, 12 times the variance of the ranks, 1 for a calibrated guide: more of
-    one that is too sure, less of one that is not sure enough. distance is Kolmogorov's, of the
+    mean is 0.5 and spread, 12 times the mean square of ranks less 0.5, 1 for a calibrated guide:
+    more of one that is too sure or off to one side, as mean shows, less of one that is not sure
+    enough. distance is Kolmogorov's, of the
     number of the family that is worst; a calibrated guide exceeds limit in one of a hundred
     trials. covers has the part of truths inside the guide's central intervals of each of LEVELS.
 

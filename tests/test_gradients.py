@@ -115,7 +115,7 @@ def test_the_bias_of_a_place_is_what_lavae_says(hard, limits, floor, cosine, len
     mean, error = found.mean(0), found.std(0) / math.sqrt(COPIES)
     assert error.norm() < 0.1 * mean.norm()  # the figures below are no noise
     one, other = alike(mean, exact)
-    assert one > cosine - 0.02
+    assert one > cosine - 0.005
     assert other == pytest.approx(length, rel=0.1)
 
 

@@ -15,8 +15,8 @@ and the guide, which looks at what is left to explain (section 2.2)::
 
     paper   q(z | x) = prod_t q(z_pres_t, z_where_t | x - C_{t-1}, z_<t)
                               q(z_cat_t, z_attr_t | ST(x, T^e(z_where_t)))
-    fast    q(z | x) = prod_t q(z_pres_t | h_t) q(z_cat_t | x - C_{t-1}, h_t)
-                              q(z_where_t, z_attr_t | z_cat_t, h_t)
+    fast    q(z | x) = prod_t q(z_pres_t, z_cat_t | x - C_{t-1}, h_t)
+                              q(z_where_t, z_attr_t | z_cat_t, x - C_{t-1}, h_t)
 
 =========  =================  ================================================================
 symbol     shape              meaning

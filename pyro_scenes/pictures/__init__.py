@@ -2,8 +2,8 @@
 
 Scenes are inferred, changed and rendered here; how a figure looks is left to plots. Images are
 float (B, C, H, W) in [0, 1]; `limit` is the most objects in one, the model's own by default. All
-but those of any model raise UserError where it has no objects or finds too many; `applying` tells
-which suit it.
+but those of any model raise UserError where it has no objects, and all where it finds too many;
+`applying` tells which suit it.
 """
 
 from __future__ import annotations
