@@ -68,7 +68,7 @@ def ship(
     others = [folder / f"{name}{ending}" for ending in (".json", ".md", ".png")]
     foreign = next((path for path in others if path.exists()), None)
     if foreign and not (folder / f"{name}.pt").exists():
-        raise UserError(f"{foreign} is there already, and is of no checkpoint: ship by another name")
+        raise UserError(f"{foreign} is there already, and of no checkpoint: ship by another name")
     loaded = [checkpoint.load(run, device) for run in runs]
     _same_command(loaded)
     entries = []

@@ -151,8 +151,8 @@ class LAVAEObjective(Objective):
             raise UserError("appearance_anew is of networks when places come to rest: set rest_from"
                             " below 1")
         if schedule.appearance_beta != 1 and max(schedule.rest_from, schedule.fit_from) >= 1:
-            raise UserError("appearance_beta counts while places rest, until p(z_app) is fitted: set"
-                            " rest_from and fit_from below 1")
+            raise UserError("appearance_beta counts while places rest, until p(z_app) is fitted:"
+                            " set rest_from and fit_from below 1")
         self.modules["auxiliary"] = self.auxiliary
         end = steps
         self.fits: int | None = None
