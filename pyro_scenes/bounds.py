@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from pyro_scenes import distributed
 from pyro_scenes.data import SceneData
-from pyro_scenes.machine import at_a_time, keep_memory
+from pyro_scenes.errors import UserError
+from pyro_scenes.machine import at_a_time, in_mode, keep_memory
 from pyro_scenes.models import GenerativeModel
 
 # Particles times images at a time. On a CPU, larger tensors than those of so many images are memory
@@ -135,6 +136,8 @@ def measure(
     ['reconstruction', 'z_pres', 'z_where', 'z_what']
     """
     device = model.device
+    if not len(data):
+        raise UserError("there are no images to measure a bound on: give at least 1")
     chunk = chunk or at_a_time(CHUNKS[device.type], *data.shape[:2])
     size = max(1, chunk // particles)
     keep_memory()
@@ -149,7 +152,8 @@ def measure(
             bar.update(min(len(x) * distributed.world(), len(data) - bar.n))
             return Estimate.concatenate([part])
 
-        parts = distributed.mapped(estimated, range(0, len(data), size))
+        with in_mode(model, training=False):
+            parts = distributed.mapped(estimated, range(0, len(data), size))
     return Estimate.concatenate(parts)
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from pyro_scenes.bounds import CHUNKS
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import at_a_time, seeded
+from pyro_scenes.machine import at_a_time, in_mode, seeded
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.objectives import Objective
 
@@ -181,11 +181,13 @@ def train(
     :raises UserError: if the loss is not finite.
     """
     device = model.device
-    with seeded(seed, device), pyro.validation_enabled(False), _still(model) as learning:
+    with (
+        seeded(seed, device), pyro.validation_enabled(False), in_mode(model, training=True),
+        _still(model) as learning,
+    ):
         optimizer = torch.optim.Adam(learning, RATE)
         fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         objective.modules.to(device)
-        model.train()
         for name, part in model.named_children():  # norms of batches follow what they are shown
             if model.generates(name):
                 part.eval()
@@ -205,7 +207,6 @@ def train(
                 fall.step()
                 bar.set_postfix(loss=f"{figures['loss']:.4g}")
                 bar.update()
-        model.eval()
 
 
 @contextmanager

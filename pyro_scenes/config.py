@@ -79,6 +79,7 @@ MOST = {
     "grid_stages": 10, "location_blocks": 100, "max_objects": 1000, "more": 0.999, "looks": 100,
     "rounds": 100, "beta2": 0.999999,
     "location_every": 16,  # as calibration.END has it
+    **dict.fromkeys(("floor", "likelihood_floor"), 0.49),  # of a half all pixels are alike
     # Parts of a training.
     **dict.fromkeys(("beta_full", "decay_from", "fit_from", "rest_from"), 1.0),
 }

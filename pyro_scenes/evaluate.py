@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_scenes import bounds, distributed, metrics
 from pyro_scenes.data import SceneData, entropy_of
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import at_a_time, seeded
+from pyro_scenes.machine import at_a_time, in_mode, seeded
 from pyro_scenes.models import MODELS, GenerativeModel, SceneModel
 from pyro_scenes.scene import Scene
 
@@ -29,16 +29,19 @@ def infer(
 ) -> tuple[Scene, Tensor | None]:
     """The scenes of a whole data set and, if asked for, its segmentation (N, H, W), on the CPU.
 
-    :raises UserError: if an image shows more objects than the limit.
+    :raises UserError: if there are no images, or one shows more objects than the limit.
     """
     device = model.device
+    if not len(data):
+        raise UserError("there are no images to find objects in: give at least 1")
 
     def inferred(part: slice) -> tuple[Scene, Tensor | None]:
         scene = model.infer(data.batch(part).to(device), limit)
         owners = model.segment(scene, FAINT).to(torch.int16).cpu() if segment else None
         return scene.to("cpu"), owners
 
-    scenes, owners = zip(*distributed.mapped(inferred, batches(data)), strict=True)
+    with in_mode(model, training=False):
+        scenes, owners = zip(*distributed.mapped(inferred, batches(data)), strict=True)
     return Scene.concatenate(list(scenes)), torch.cat(owners) if segment else None
 
 

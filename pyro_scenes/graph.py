@@ -138,12 +138,16 @@ def _nodes(scene: Scene) -> dict[str, Tensor]:
 
 def _edges(scene: Scene, kind_distance: Tensor | None) -> dict[str, Tensor]:
     """Features of each pair of slots by name, (B, M, M), source first; anything where absent."""
-    dx, dy = _differences(scene.where).unbind(-1)
+    # What is absent is NaN, whose gradient would be that of objects that are there too.
+    apart = _differences(scene.where.masked_fill(~scene.present[..., None], 0.0))
+    dx, dy = apart.unbind(-1)
+    # Between an object and itself, or another in its place, there is no direction, nor a gradient.
+    together = (dx == 0) & (dy == 0)
     features = {
         "dx": dx,
         "dy": dy,
-        "distance": torch.hypot(dx, dy),
-        "direction": torch.atan2(-dy, -dx),
+        "distance": torch.linalg.vector_norm(apart, dim=-1),
+        "direction": torch.atan2(-dy, torch.where(together, torch.ones_like(dx), -dx)),
     }
     if scene.pose is not None:
         for name, value in zip(POSE, _differences(scene.pose).unbind(-1), strict=True):

@@ -275,7 +275,7 @@ def _trained_on(trained: checkpoint.Checkpoint, data: str, scenes: SceneData) ->
 def source(trained: checkpoint.Checkpoint, data: str) -> str:
     """Where a run's training data lie now: at ``data``, if that has them, or where they lay."""
     own = trained.config.data
-    if own in DATASETS or data in DATASETS or Path(own).exists():
+    if own in DATASETS or data in DATASETS:
         return own
     channels = trained.model.image_shape[0]
     return data if _trained_on(trained, data, load(data, channels=channels)) else own

@@ -58,7 +58,10 @@ def parse(
     >>> counts.tolist()
     [3, 3, 3, 3]
     """
-    with seeded(seed, model.device), pyro.validation_enabled(False):
+    # A fit needs gradients, whatever is around it.
+    with (
+        torch.inference_mode(False), seeded(seed, model.device), pyro.validation_enabled(False)
+    ):
         made: dict[str, nn.Module] = {}
         for text in texts:
             name, equals, kind = text.partition("=")

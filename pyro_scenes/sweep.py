@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pyro_scenes import checkpoint, report, tables, training
 from pyro_scenes.config import RunConfig, find, make_config, spelled
+from pyro_scenes.data import DATASETS, load
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.files import read_json, write_json
@@ -74,7 +76,10 @@ class Cell:
     def asked(self) -> dict[str, Any]:
         """What its figures are of."""
         settings = json.loads(json.dumps(self.config().to_dict()))
-        return {"images": self.images, "particles": self.particles, "settings": settings}
+        asked = {"images": self.images, "particles": self.particles, "settings": settings}
+        if self.data not in DATASETS:  # a file may have other images by now
+            asked["file"] = _digest(self.data)
+        return asked
 
     def check(self) -> None:
         """:raises UserError: if its folder holds a run of other settings."""
@@ -133,15 +138,25 @@ def cells(
         if name == "steps" and common.get("steps") is not None:
             raise UserError("steps are an axis of the grid: leave --steps out")
         axes[name] = values
-    found = []
+    found: list[Cell] = []
+    configs: list[RunConfig] = []  # of the first seed
     for combination in itertools.product(*axes.values()):
         varied = tuple(f"{name}={value}" for name, value in zip(axes, combination, strict=True))
         folder = out / ("_".join(varied).replace("/", "-") or "preset")
         for seed in numbers:
             cell = Cell(seed=seed, varied=varied, out=str(folder / f"seed{seed}"), **common)
-            cell.config()
+            config = cell.config()
+            if seed == numbers[0]:
+                if config in configs:
+                    raise UserError(f"the grid has the settings {cell.label} twice")
+                configs.append(config)
             found.append(cell)
     return found
+
+
+@lru_cache
+def _digest(data: str) -> str:
+    return load(data).digest()
 
 
 def run_cell(cell: Cell) -> None:

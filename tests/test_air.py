@@ -368,6 +368,34 @@ def test_the_order_of_draws_tells_what_tracking_them_does(config) -> None:
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
+def test_a_batch_of_one_image_trains_as_others_do() -> None:
+    """The baseline too, which is fitted to what the image gained."""
+    model = AIR(replace(PLAIN, max_objects=2), SHAPE)
+    objective = AIRObjective(AIRSchedule(), model, 10)
+    torch.manual_seed(0)
+    objective.backward(model, torch.rand(1, *SHAPE), 5)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    for part in (model.baseline, model.presence_head):
+        assert all(parameter.grad.any() for parameter in part.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 16, 64), (1, 12, 3)])
+def test_an_isotropic_object_is_turned_without_being_bent(shape) -> None:
+    """In pixels what the pose does to a window's axes is a turn and one scale, (8, 8) as ever."""
+    model = DiscreteAIR(replace(DISCRETE, isotropic=True), shape)
+    z_where = torch.randn(50, model.where_prior().event_shape[0])
+    scale, angle, shear, place = model.pose(z_where)
+    transform = to_image(scale, angle, torch.zeros_like(shear), place)[:, :2, :2]
+    pixels = torch.tensor([shape[2] / 2, shape[1] / 2])[:, None] * transform
+    gram = pixels.mT @ pixels  # a multiple of the identity
+    size = gram[:, :1, :1]
+    assert torch.allclose(gram, size * torch.eye(2), rtol=1e-4, atol=1e-4 * float(size.max()))
+    c = model.config
+    least, most = (math.sqrt(shape[1] * shape[2]) / 2 * s for s in (c.scale_least, c.scale_most))
+    assert ((size.sqrt() >= least * 0.999) & (size.sqrt() <= most * 1.001)).all()
+
+
 @pytest.mark.parametrize("likelihood", ["normal", "bernoulli"])
 def test_a_baseline_starts_from_what_the_image_has_without_more_objects(likelihood) -> None:
     model = AIR(replace(PLAIN, max_objects=2, likelihood=likelihood, likelihood_floor=0.1), SHAPE)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyro_scenes import calibration, checkpoint, cli, plots, report
 from pyro_scenes.config import make_config
+from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import NormalImage
 from pyro_scenes.models import SceneModel
 from pyro_scenes.objectives import OBJECTIVES, Objective, Schedule
@@ -320,6 +321,17 @@ def test_a_training_of_the_guide_moves_the_guide_alone(name, settings) -> None:
     assert all(torch.equal(dict(model.named_buffers())[n], b) for n, b in running.items())
     assert ("networks=paper" in settings) == any("running" in n for n in running)
     assert all(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_a_training_of_the_guide_that_fails_leaves_the_mode(monkeypatch) -> None:
+    config = make_config("conv-vae", "multi-dsprites", settings=["grid_latent=2", "grid_width=8"])
+    model = checkpoint.build(config, (3, 16, 16)).eval()
+    objective = OBJECTIVES["conv-vae"][0](config.schedule, model, 100)
+    lost = torch.tensor(math.nan, requires_grad=True)
+    monkeypatch.setattr(objective, "loss", lambda *given: (lost, {"loss": math.nan}))
+    with pytest.raises(UserError, match="not finite"):
+        calibration.train(model, objective, 1)
+    assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_guide_that_finds_nothing_is_left_as_it_is() -> None:

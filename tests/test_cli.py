@@ -375,6 +375,7 @@ def test_priors_are_fitted_to_the_trainings_images_wherever_they_lie(folder: Pat
     result = run(sampled)
     assert result.exit_code == 2 and "data.npz has other images" in result.stderr, result.output
     assert not Path("drawn.npz").exists()
+    succeeded(f"{evaluated} --data moved.npz")
     Path("moved.npz").replace("data.npz")
     succeeded(sampled)
 

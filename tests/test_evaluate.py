@@ -180,6 +180,24 @@ def test_no_images_are_refused() -> None:
     for empty in ({"data": data[:0]}, {"data": data, "nll_images": 0}):
         with pytest.raises(UserError, match="no images"):
             evaluate.evaluate(model, **empty)
+    with pytest.raises(UserError, match="no images"):
+        evaluate.infer(model, data[:0])
+    with pytest.raises(UserError, match="no images"):
+        bounds.measure(model, data[:0], 2)
+
+
+def test_an_evaluation_in_the_midst_of_a_training_moves_nothing() -> None:
+    """Norms of batches, which a model in training mode would move."""
+    model = ConvVAE(ConvVAEConfig(8, 2, 8, "paper"), (3, 16, 16)).train()
+    model.encoder[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert any("running" in name for name in before)
+    data = SceneData.from_images("noise", np.uint8(255) * np.eye(16, dtype=np.uint8).repeat(
+        3, 0).reshape(1, 16, 16, 3))
+    found = evaluate.evaluate(model, data, particles=2, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and not model.encoder[0].training and model.encoder[1].training
+    assert found["nll"] == evaluate.evaluate(model.eval(), data, particles=2, progress=False)["nll"]
 
 
 def test_larger_images_come_in_smaller_batches() -> None:

@@ -122,6 +122,24 @@ def test_an_equal_appearance_has_a_gradient() -> None:
     assert what.grad.isfinite().all()
 
 
+def test_places_have_gradients_whoever_is_absent_or_in_the_same_place() -> None:
+    """Of the distance and the direction by hand: (3, -4) / 5 and (4, 3) / 25."""
+    present = torch.tensor([[True, True, True, False]])
+    where = torch.tensor([[[10.0, 20.0], [13.0, 16.0], [10.0, 20.0], [NAN, NAN]]])
+    where.requires_grad_()
+    boxes = torch.cat([where.detach(), torch.ones(1, 4, 2)], -1)
+    padded = graph.tensors(Scene(present, where, boxes))
+    edge = [tuple(pair) for pair in padded.edge_index.T.tolist()].index((0, 1))
+    for name, expected in (("distance", [-0.6, 0.8]), ("direction", [-0.16, -0.12])):
+        column = padded.edge_names.index(name)
+        slope, = torch.autograd.grad(padded.edge_attr[0, edge, column], where, retain_graph=True)
+        assert slope[0, 0].tolist() == pytest.approx(expected)
+        assert slope[0, 1].tolist() == pytest.approx([-v for v in expected])
+        assert not slope[0, 2:].any()
+    padded.edge_attr.sum().backward()
+    assert where.grad is not None and where.grad.isfinite().all()
+
+
 def test_scenes_without_slots() -> None:
     empty = Scene(torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, 2), torch.zeros(2, 0, 4))
     assert [len(g) for g in graph.graphs(empty)] == [0, 0]

@@ -3,6 +3,7 @@
 A new model gets a row of ``TABLE``.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -500,6 +501,27 @@ def test_a_model_without_a_method_says_which(method: str, arguments: int) -> Non
     missing = "layers" if method == "render" else method  # whose sum it is
     with pytest.raises(NotImplementedError, match=f"{kind.__name__} has no {missing}"):
         getattr(kind(), method)(*[torch.zeros(1)] * arguments)
+
+
+def test_a_model_of_float64_finds_what_one_of_float32_does(row: Row) -> None:
+    model, x = built(row).eval(), images()
+    found = model.infer(x, math.inf) if isinstance(model, SceneModel) else model.reconstruct(x)
+    model.double()
+    if isinstance(model, SceneModel):
+        exact = model.infer(x.double(), math.inf)
+        assert torch.equal(exact.present, found.present)
+        drawn = model.render(exact)
+        assert drawn.dtype == torch.float64
+        torch.testing.assert_close(drawn.float(), model.float().render(found), atol=1e-4, rtol=1e-4)
+        model.double()
+    else:
+        torch.testing.assert_close(model.reconstruct(x.double()).float(), found, atol=1e-4, rtol=0)
+    assert bounds.log_weights(model, x.double(), 2).isfinite().all()
+
+
+def test_no_images_have_no_reconstruction(row: Row) -> None:
+    model = built(row).eval()
+    assert model.reconstruct(images()[:0]).shape == (0, *SHAPE)
 
 
 def test_priors_are_swapped_for_a_while() -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -44,7 +45,7 @@ def test_every_value_comes_with_every_other_and_every_seed(tmp_path) -> None:
 @pytest.mark.parametrize("grid", [
     ["learning_rate"], ["learning_rate="], ["=3"], ["speed=3"], ["training.learning_rate=1"],
     ["learning_rate=1e-3,1e-3"], ["learning_rate=1e-3", "schedule.learning_rate=2e-3"],
-    ["learning_rate=fast"],
+    ["learning_rate=fast"], ["learning_rate=1e-3,0.001"],
 ])
 def test_a_grid_of_no_settings_is_refused(tmp_path, grid) -> None:
     with pytest.raises(UserError):
@@ -78,7 +79,7 @@ def test_levels_are_reached_at_the_first_look_that_has_them() -> None:
 
 def finished(cell: sweep.Cell, nll: float, met: dict[str, Any]) -> None:
     out = Path(cell.out)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     (out / sweep.FIGURES).write_text(json.dumps({
         "asked": cell.asked(), "figures": {"nll": nll, "count_accuracy": None},
         "step": 3, "seconds": 6.0, "machine": "m", "reached": met,
@@ -267,6 +268,17 @@ def test_submitit_runs_the_same_cells(data, tmp_path) -> None:
                     "--launcher-set", "cluster=debug")
     assert result.exit_code == 0, result.output
     assert "| batch_size=5 | 1 of 1 |" in result.output
+
+
+def test_figures_of_other_images_of_that_name_do_not_count(tmp_path) -> None:
+    file = tmp_path / "scenes.npz"
+    for value in (0, 255):
+        np.savez(file, images=np.full((24, 16, 16, 1), value, np.uint8))
+        sweep._digest.cache_clear()
+        cell, = sweep.cells([], (0,), tmp_path / "out", **COMMON | {"data": str(file)})
+        assert cell.figures() is None
+        finished(cell, 1.0, {})
+        assert cell.figures() is not None
 
 
 class Job:

@@ -250,7 +250,8 @@ class AIR(Attend):
 
         def baseline(features: Tensor) -> Tensor:
             rest = 100 * self.baseline(features).squeeze(-1)
-            return (most + 100 * features[..., -1] + rest).view(lead)
+            # Of a single image Pyro has a cost without dimensions.
+            return (most + 100 * features[..., -1] + rest).view(lead if lead.numel() > 1 else ())
 
         return poutine.infer_config(config_fn=lambda site: {
             "baseline": {"nn_baseline": baseline, "nn_baseline_input": features}

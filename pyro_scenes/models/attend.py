@@ -167,7 +167,7 @@ class Attend(SceneModel):
                 f"the scene has category {int(kind.max())}; the model knows 0 to"
                 f" {self.classes - 1}"
             )
-        z_cat = None if kind is None else one_hot(kind, self.classes)
+        z_cat = None if kind is None else one_hot(kind, self.classes, scene.where.dtype)
         drawn = self.templates(z_cat, None if scene.what is None else scene.what[here])
         sprites = drawn.new_zeros(*here.shape, *drawn.shape[1:])
         sprites[here] = drawn

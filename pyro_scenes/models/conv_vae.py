@@ -231,6 +231,8 @@ class ConvVAE(GenerativeModel):
         Not f at the mean: among 1,024 numbers no draw is near its mean, and the decoder knows draws
         alone. Where an image is black, the mean is the prior's and f of it may be anything.
         """
+        if not len(x):
+            return torch.zeros_like(x)
         h = self.encode(x)
         shape = DRAWS, self.config.grid_latent, *h.shape[-2:]
 

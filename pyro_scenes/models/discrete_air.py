@@ -112,7 +112,7 @@ class DiscreteAIRConfig:
     combine: str = "add"  # f_t and f_a: add or multiply, or deform what f_t alone gives
     shear: bool = False  # whether z_where has two numbers for it
     isotropic: bool = True  # one scale for both sides
-    scale_least: float = 0.08  # of half the image's side
+    scale_least: float = 0.08  # of half the image's side, of isotropic ones the sides' mean
     scale_most: float = 0.5  # likewise
     angle_deviation: float = 2.0  # of the prior, radians
     likelihood: str = "normal"  # or bernoulli
@@ -326,6 +326,10 @@ class DiscreteAIR(Attend):
         if c.isotropic:
             scale = scale.mean(-1, keepdim=True).expand_as(scale)
         scale = c.scale_least + (c.scale_most - c.scale_least) * scale.sigmoid()
+        height, width = self.image_shape[1:]
+        if c.isotropic and height != width:  # one scale in pixels, so that a turn bends nothing
+            side = math.sqrt(height * width)
+            scale = scale * scale.new_tensor([side / width, side / height])
         shear = 0.3 * z_where[..., 5:] if c.shear else torch.zeros_like(scale)
         return scale, c.angle_deviation * z_where[..., ANGLE], shear, SPREAD * z_where[..., PLACE]
 
@@ -512,7 +516,7 @@ class DiscreteAIR(Attend):
         if c.attributes:
             raw = self.attributes_head(near).unflatten(-1, (self.classes, -1))
             attributes = self._attributes(raw)  # (N, K, A) each
-        kinds = torch.eye(self.classes, device=h.device)
+        kinds = torch.eye(self.classes, device=h.device, dtype=h.dtype)
         with torch.no_grad():
             drawn = self.templates(kinds, None)  # (K, C, S, S)
             turned = torch.zeros_like(mean)
@@ -580,7 +584,7 @@ class DiscreteAIR(Attend):
 
     def choose_likeliest(self, name: str, site, here: Tensor) -> Tensor:
         if name.startswith(("z_pres", "z_cat")):
-            return one_hot(site.probs.argmax(-1), site.probs.shape[-1])
+            return one_hot(site.probs.argmax(-1), site.probs.shape[-1], site.probs.dtype)
         return site.mean
 
     def numbers(self, site: str, value: Tensor) -> Tensor:

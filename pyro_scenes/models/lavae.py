@@ -397,7 +397,7 @@ class LAVAE(SceneModel):
         self.within(n, self.config.max_objects if limit is None else limit)
         places = []
         for _ in range(int(n.max()) if len(n) else 0):
-            places.append(one_hot(logits.argmax(-1), logits.shape[-1]))
+            places.append(one_hot(logits.argmax(-1), logits.shape[-1], logits.dtype))
             logits = self._shut(logits, places[-1], x.shape[-1])
         slots = len(places)
         present = torch.arange(slots, device=x.device) < n[:, None]  # (B, M)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_scenes.distributions import one_hot
+from pyro_scenes.machine import in_mode
 from pyro_scenes.models.lavae import LAVAE
 from pyro_scenes.spatial import crops, find_peaks, place_sprites
 
@@ -44,11 +45,10 @@ def dream(model: LAVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     :return: images (B, C, H, W), drawn where those given are binary and means where they are not,
         and the places (B, M) of their objects, -1 for none.
     """
-    learning = model.training
-    model.eval()  # else what is found would depend on the batch, with the paper's networks
-    scene = model.infer(x[: -(-len(x) // SOURCES)], limit=math.inf)
-    sprites = model.sprites(scene)[scene.present]  # (P, C, S, S)
-    model.train(learning)
+    # Else what is found would depend on the batch, with the paper's networks.
+    with in_mode(model, training=False):
+        scene = model.infer(x[: -(-len(x) // SOURCES)], limit=math.inf)
+        sprites = model.sprites(scene)[scene.present]  # (P, C, S, S)
     ink = sprites.amax(1).sum((-2, -1))  # (P,)
     sprites, ink = sprites[ink > LEAST], ink[ink > LEAST]
     config, device, batch, size = model.config, x.device, len(x), x.shape[-2:]
