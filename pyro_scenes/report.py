@@ -295,8 +295,8 @@ def held_out(
     model, data = trained.model, trained.config.data
     if data not in DATASETS:
         if not Path(data).exists():
-            raise UserError(f"{data}, which the run was trained on, is not there: bring it back, or"
-                            " say where it is now by --data")
+            raise UserError(f"no data set and no file is called {data!r} any more, as what the run"
+                            " was trained on: bring it back, or say where it is now by --data")
         scenes = load(data)
         if trained.images and trained.images != scenes.digest():
             raise UserError(f"{data} has other images than those that the run was trained on: what"

@@ -1376,6 +1376,9 @@ def test_presets_suit_the_data() -> None:
                        ("multi-sprites", "multi-mnist"))
     assert (sprites.net.classes, sprites.net.attributes, sprites.net.max_objects) == (3, 0, 3)
     assert (digits.net.classes, digits.net.attributes, digits.net.max_objects) == (10, 8, 2)
+    binary = make_config("discrete-air", "multi-mnist-10k").net
+    assert (binary.classes, binary.attributes, binary.max_objects) == (10, 8, 3)
+    assert (binary.combine, binary.likelihood) == (digits.net.combine, "bernoulli")
     paper = make_config("discrete-air", "multi-mnist", "paper").net
     assert (paper.classes, paper.attributes, paper.combine, paper.max_objects) == (10, 1, "add", 2)
     assert digits.train.steps != sprites.train.steps

@@ -232,7 +232,7 @@ def test_resuming_on_other_images_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="other images"):
         report.held_out(checkpoint.load(out), 5, None)
     file.unlink()
-    with pytest.raises(UserError, match="is not there: .* by --data"):
+    with pytest.raises(UserError, match="no file is called .* by --data"):
         report.held_out(checkpoint.load(out), 5, None)
     np.savez(file, **scenes(24))
     assert len(run(config, out, resume=True)["loss"][0]) == 4

@@ -144,20 +144,20 @@ DIGITS = {
     "max_objects": 2, "classes": 10, "attributes": 1, "shear": True, "isotropic": False,
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
-GREY = {
+# Attributes that do not make a 6 a 0.
+BENT = {"combine": "deform", "attributes": 8, "attribute_least": 0.5}
+GREY = BENT | {
     "blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 2000, "steps": 8000,
     # Digits are of nearly one size: a prior that says so keeps strokes from being objects.
     "scale_least": 0.25, "scale_most": 0.6,
     # Strokes that are left of a digit are not objects.
     "straight_through": True, "looks": 3, "rounds": 2,
-    # Attributes do not make a 6 a 0.
-    "combine": "deform", "attributes": 8, "attribute_least": 0.5,
 }
 # Binary digits, up to three, a third as large: each pixel counts more, and so do attributes.
-BINARY = {
-    "likelihood": "bernoulli", "max_objects": 3, "window": 24, "attributes": 2,
-    "scale_least": 0.15, "scale_most": 0.29, "looks": 3, "rounds": 1, "attribute_least": 0.4,
-    "balance": 0.1, "attributes_from": 1500, "steps": 4000,
+BINARY = BENT | {
+    "likelihood": "bernoulli", "max_objects": 3, "window": 24,
+    "scale_least": 0.15, "scale_most": 0.29, "looks": 3, "rounds": 1,
+    "balance": 0.1, "attributes_from": 1500, "steps": 8000,
 }
 SUITED = {
     "fast": {
