@@ -234,7 +234,8 @@ def summary(ranks: Ranks) -> dict[str, Any]:
     mean is 0.5 and spread, 12 times the mean square of ranks less 0.5, 1 for a calibrated guide:
     more of one that is too sure or off to one side, as mean shows, less of one that is not sure
     enough. distance is Kolmogorov's, of the number of the family that is worst; a calibrated guide
-    exceeds limit in one of a hundred trials. covers has the part of truths inside the guide's central intervals of each of LEVELS.
+    exceeds limit in one of a hundred trials. covers has the part of truths inside the guide's
+    central intervals of each of LEVELS.
 
     Of counts: right, how often the guide's likeliest is the true one; sure, the mass that it gives
     to its likeliest; and by count, the number of scenes and the mass that the true count is given.
