@@ -38,6 +38,10 @@ def runs(tmp_path_factory) -> list[Path]:
     return [folder / "0", folder / "1"]
 
 
+def test_what_was_trained_on_a_data_set_has_its_scenes_by_name(runs: list[Path]) -> None:
+    assert report.source(checkpoint.load(runs[0]), "elsewhere.npz") == "multi-dsprites"
+
+
 def test_a_card_holds_the_figures_of_every_seed(runs: list[Path], tmp_path: Path) -> None:
     card = cards.ship("tiny", runs, folder=tmp_path, images=6, particles=2, device="cpu")
     content = json.loads((tmp_path / "tiny.json").read_text())

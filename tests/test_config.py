@@ -100,6 +100,8 @@ def test_settings_are_shown_as_the_command_has_them(tmp_path: Path, monkeypatch)
     ("lavae", "location_every=17", "location_every must be at most 16"),
     ("air", "place_deviation=0", "place_deviation must be at least 0.001"),
     ("lavae", "crop=3", "crop must be at least 5"),
+    ("lavae", "floor=0.5", "floor must be at most 0.49"),
+    ("air", "likelihood_floor=0.9", "likelihood_floor must be at most 0.49"),
 ])
 def test_what_would_fail_later_is_refused_at_once(model: str, setting: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
