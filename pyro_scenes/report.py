@@ -272,13 +272,30 @@ def _trained_on(trained: checkpoint.Checkpoint, data: str, scenes: SceneData) ->
     return own not in DATASETS and Path(data).resolve() == Path(own).resolve()
 
 
-def source(trained: checkpoint.Checkpoint, data: str) -> str:
-    """Where a run's training data lie now: at ``data``, if that has them, or where they lay."""
+def source(trained: checkpoint.Checkpoint, data: str | None = None) -> str | SceneData:
+    """What a run was trained on: the name of a data set, or the scenes of its file's first part.
+
+    :param data: where that file may lie now; else it is where it lay.
+    :raises UserError: if the file is not there, or has other images by now.
+    """
     own = trained.config.data
-    if own in DATASETS or data in DATASETS:
+    if own in DATASETS:
         return own
-    channels = trained.model.image_shape[0]
-    return data if _trained_on(trained, data, load(data, channels=channels)) else own
+    if data and data not in DATASETS:
+        scenes = load(data, channels=trained.model.image_shape[0])
+        if _trained_on(trained, data, scenes):
+            return split_held_out(scenes)[0]
+    return split_held_out(_own(trained))[0]
+
+
+def _own(trained: checkpoint.Checkpoint) -> SceneData:
+    """All scenes of the file that a run was trained on, where it lay."""
+    data = trained.config.data
+    scenes = load(data)
+    if trained.images and trained.images != scenes.digest():
+        raise UserError(f"{data} has other images than those that the run was trained on: what it"
+                        " has not seen of them is not known")
+    return scenes
 
 
 def held_out(
@@ -297,11 +314,7 @@ def held_out(
         if not Path(data).exists():
             raise UserError(f"no data set and no file is called {data!r} any more, as what the run"
                             " was trained on: bring it back, or say where it is now by --data")
-        scenes = load(data)
-        if trained.images and trained.images != scenes.digest():
-            raise UserError(f"{data} has other images than those that the run was trained on: what"
-                            " it has not seen of them is not known")
-        return {"held out": split_held_out(scenes)[1][:images]}
+        return {"held out": split_held_out(_own(trained))[1][:images]}
     spec = DATASETS[data]
     low, high = spec.objects
     sets = {f"{low}-{high} objects": load(data, images=images, mnist=mnist)}

@@ -11,7 +11,7 @@ the aggregate posterior of n, the mean of q(n | x) over those scenes, see `prior
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +29,15 @@ from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
 
 ENCODED = 200  # scenes of 64 x 64 at a time
+Data = str | Path | SceneData
 STEPS, BATCH, RATE = 400, 256, 1e-2  # of the fit: its length, appearances a step, learning rate
 
 
 def parse(
     texts: Sequence[str],
     model: GenerativeModel,
-    data: str | Path | SceneData,
+    data: Data | Callable[[], Data],
     *,
-    images: str | None = None,
     mnist: Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -46,8 +46,8 @@ def parse(
 
     :param texts: such as "count=uniform:4-5" and "appearance=mixture:10", one a name.
     :param data: what those that are to be fitted are fitted to, the first images of, as many as it
-        takes: scenes, or the training part of a registered data set or a file.
-    :param images: the digest of all images of that file, if it must be these.
+        takes: scenes, or the training part of a registered data set or a file; or a function of no
+        arguments that returns one of these, which is called if anything is to be fitted.
     :raises UserError: for what cannot be read, or does not suit the model.
 
     >>> from pyro_scenes import checkpoint
@@ -76,7 +76,7 @@ def parse(
         if unfitted:
             assert isinstance(model, SceneModel)
             wanted = max(prior.scenes for prior in unfitted.values())
-            found = look(model, _scenes(data, wanted, images, mnist, texts), progress)
+            found = look(model, _scenes(data, wanted, mnist, texts), progress)
         for name, prior in unfitted.items():
             if name == "count":
                 prior.begin(found.counts)
@@ -153,17 +153,15 @@ def _size(model: GenerativeModel, name: str) -> int:
 
 
 def _scenes(
-    data: str | Path | SceneData, wanted: int, images: str | None, mnist: Path | None,
-    texts: Sequence[str],
+    data: Data | Callable[[], Data], wanted: int, mnist: Path | None, texts: Sequence[str]
 ) -> SceneData:
-    if isinstance(data, SceneData):
-        return data[:wanted]
     try:
+        if callable(data):
+            data = data()
+        if isinstance(data, SceneData):
+            return data[:wanted]
         if str(data) in DATASETS:
             return load(data, split="train", images=wanted, mnist=mnist)
-        scenes = load(data)
-        if images and images != scenes.digest():
-            raise UserError(f"{data} has other images than those of the training")
-        return split_held_out(scenes)[0][:wanted]
+        return split_held_out(load(data))[0][:wanted]
     except UserError as error:
         raise UserError(f"{' '.join(texts)}, fitted to scenes of the training: {error}") from None

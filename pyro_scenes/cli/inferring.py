@@ -88,7 +88,7 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
     model = trained.model
     if sample:
         swapped = swaps.parse(
-            priors, model, trained.config.data, images=trained.images, mnist=mnist, seed=seed
+            priors, model, lambda: report.source(trained), mnist=mnist, seed=seed
         )
         with model.priors(**swapped):
             made, counts = pictures.sample_counted(model, sample, seed)

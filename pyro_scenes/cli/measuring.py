@@ -120,8 +120,7 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
         raise UserError(f"no --curve: the images are grey, and a {model.likelihood.name} likelihood"
                         " is of binary ones")
     swapped = swaps.parse(
-        priors, model, report.source(trained, data) if priors else data, images=trained.images,
-        mnist=mnist, seed=seed,
+        priors, model, lambda: report.source(trained, data), mnist=mnist, seed=seed
     )
     # Drawn before the long part and written after it: what fails does so early, and leaves nothing.
     with model.priors(**swapped):
