@@ -244,7 +244,7 @@ def test_a_card_of_a_model_without_objects_has_its_likelihood(tmp_path: Path) ->
     (math.inf, "multi-dsprites", {OWN: "multi-dsprites", CROWDED: "multi-dsprites"}),
     (7, "multi-mnist-10k", {OWN: "multi-mnist-10k", CROWDED: "multi-mnist-10k"}),
     (6, "multi-mnist-1k", {OWN: "multi-mnist-1k"}),
-    (math.inf, "multi-sprites", {OWN: "multi-sprites"}),
+    (math.inf, "multi-sprites", {OWN: "multi-sprites", "small objects": "multi-sprites-small"}),
     (2, "multi-mnist", {"0-2 objects": "multi-mnist", "new digits": "multi-mnist-new-digits"}),
     (None, "multi-dsprites", {OWN: "multi-dsprites"}),
 ])  # fmt: skip

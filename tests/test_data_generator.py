@@ -185,12 +185,15 @@ def test_grey_truth_is_consistent(name, mnist):
         assert abs(data.attributes["y"][image, slot] - data.boxes[image, slot, 1]) < 7
 
 
-def test_multi_sprites_factors_are_uniform_and_centres_apart():
-    data = make("multi-sprites", 6 * CHUNK, objects=(1, 3), seed=3, segmentation=False)
+@pytest.mark.parametrize("name, smallest, largest", [
+    ("multi-sprites", 11, 20), ("multi-sprites-small", 5, 11),
+])
+def test_multi_sprites_factors_are_uniform_and_centres_apart(name, smallest, largest):
+    data = make(name, 6 * CHUNK, objects=(1, 3), seed=3, segmentation=False)
     first = {name: values[:, 0] for name, values in data.attributes.items()}
     assert uniform(np.bincount(data.categories[:, 0], minlength=3))
     for values, low, high in (
-        (first["size"], 11, 20), (first["angle"], 0, 2 * np.pi),
+        (first["size"], smallest, largest), (first["angle"], 0, 2 * np.pi),
         ((first["x"] - first["size"] / 2) / (64 - first["size"]), 0, 1),
         ((first["y"] - first["size"] / 2) / (64 - first["size"]), 0, 1),
     ):
@@ -201,9 +204,10 @@ def test_multi_sprites_factors_are_uniform_and_centres_apart():
     assert np.nanmin(apart) == pytest.approx(0.9, abs=0.02)
 
 
-def test_multi_sprites_truth_renders_to_the_image():
+@pytest.mark.parametrize("name", ["multi-sprites", "multi-sprites-small"])
+def test_multi_sprites_truth_renders_to_the_image(name):
     """By 12 x 12 points a pixel, the share inside the outline; the ramp is within 0.15 of it."""
-    data = make("multi-sprites", 12, objects=(3, 3), seed=11)
+    data = make(name, 12, objects=(3, 3), seed=11)
     images = data.images()[..., 0] / 255
     points = (np.arange(12) + 0.5) / 12
     worst, total = 0.0, []
@@ -285,6 +289,7 @@ def test_sprites_fill_the_cell_and_no_more():
     ("multi-mnist-1k", "00232335eaa455e735f108f97ff20a6982cbce793dac162223c3f35289c5df33"),
     ("multi-mnist-10k", "7e3d478cd3bc50763ee87b60ebcf2230d004dc8c286c9b6343bec8fbc7fd3c75"),
     ("multi-sprites", "2f13b160274cb3b0cf9cd6e45828a7f72c4aec7513fe337a95dfb4be4f86498a"),
+    ("multi-sprites-small", "0c7631412c86df386590a7832d87874496caeefa2f891e515f2d2ecfe8cd126d"),
     ("multi-mnist", "4e0874c0054076d2849280deb94369162952143499158b323d4146754e0e2a81"),
     ("multi-mnist-new-digits",
      "b11e3b1cbca17576b6cf4aa9edc1feb995fea79afda9cf7765c43c562f3f8a42"),

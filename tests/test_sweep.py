@@ -382,6 +382,11 @@ def test_bad_input_is_one_line(launcher, data, tmp_path, options, said) -> None:
     assert len([line for line in result.output.split("\n") if "Error" in line]) == 1
 
 
+def test_what_submitit_refuses_leaves_no_folder(launcher, data, tmp_path) -> None:
+    invoke(data, tmp_path / "out", "--launcher", "submitit", "--launcher-set", "speed=3")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_submitit_it_says_what_to_install(data, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     result = invoke(data, tmp_path / "out", "--launcher", "submitit")

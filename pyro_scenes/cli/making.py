@@ -42,8 +42,8 @@ def make_scenes(name: str | None, images: int, objects: tuple[int, int] | None, 
                 out: Path | None, mnist: Path | None, force: bool) -> None:
     """Make an npz file of scenes with their truth.
 
-    NAME is multi-dsprites, multi-mnist-1k, multi-mnist-10k, multi-sprites, multi-mnist or
-    multi-mnist-new-digits.
+    NAME is multi-dsprites, multi-mnist-1k, multi-mnist-10k, multi-sprites, multi-sprites-small,
+    multi-mnist or multi-mnist-new-digits.
     """
     if bool(name) == bool(source):
         raise click.UsageError("give either a NAME or --from-pyro FILE")

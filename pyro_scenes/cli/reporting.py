@@ -24,7 +24,7 @@ from pyro_scenes.cli.options import (
               "report.html.")
 @click.option("--data", metavar="NAME|FILE",
               help="A data set by name, an npz file or a folder of PNG files; default: held-out "
-              "scenes like those of the training, and scenes of more objects or new digits where "
+              "scenes like those of the training, and of more, smaller or new objects where "
               "there are such.")
 @click.option("--images", metavar="N", type=click.IntRange(min=1), default=1000,
               show_default=True, help="Only the first so many of each data set.")

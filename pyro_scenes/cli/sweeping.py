@@ -79,7 +79,6 @@ def sweep(model: str, data: str, preset: str, steps: int | None, seeds: str,
     for cell in todo:  # before the table of another sweep is written over
         cell.check()
     click.echo(f"{len(found)} runs, {len(found) - len(todo)} done already")
-    out.mkdir(parents=True, exist_ok=True)
     errors: dict[str, str] = {}
 
     def tell(cell: Cell, error: str | None) -> None:

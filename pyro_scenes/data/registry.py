@@ -17,7 +17,8 @@ DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
         multi_dsprites.SPEC, multi_mnist.SPEC_1K, multi_mnist.SPEC_10K,
-        multi_sprites.SPEC, multi_mnist.SPEC_GREY, multi_mnist.SPEC_NEW_DIGITS,
+        multi_sprites.SPEC, multi_sprites.SPEC_SMALL, multi_mnist.SPEC_GREY,
+        multi_mnist.SPEC_NEW_DIGITS,
     )
 }
 
