@@ -260,6 +260,20 @@ class SpriteMLP(nn.Module):
         return widened(self.net(z)).view(-1, *self.shape).sigmoid()
 
 
+class Contrast(nn.Module):
+    """Values in [0, 1], y^g / (y^g + (1 - y)^g) for a learned g: what was blurred gets sharp edges.
+
+    0, a half and 1 stay what they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_exponent = nn.Parameter(torch.zeros(()))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.sigmoid(self.log_exponent.exp() * torch.logit(y, eps=1e-6))
+
+
 class Deformation(nn.Linear):
     """z_attr -> how a picture is bent, and how bold it is drawn: linear, the same for any picture.
 

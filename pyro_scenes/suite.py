@@ -59,11 +59,13 @@ NOTES = (
     " the nats of trainings with N(0, I)). A grid in phases has a learned prior of each phase given"
     " those before; it is N(0, I) in the paper. K deformations are z_attr, which in the paper is"
     " one number that is added to a template's code, and here bends templates and makes them bold"
-    " ([what it gains](RUNS.md#discrete-air)). Correspondence gives each category a label of"
-    " its own, wherever objects are; purity any, of objects matched by place, so where there are"
-    " more categories than labels it is purity that says how pure they are. ARI is of the"
-    " foreground. Seconds are of counts, places, categories and segmentations, of the shipped"
-    " weights, each at the time when its cell was measured, beside whatever else ran there then."
+    " ([what it gains](RUNS.md#discrete-air)). Contrast sharpens what is drawn on the canvas by "
+    "an exponent that is learned ([what it gains](RUNS.md#air)). Correspondence gives each "
+    "category a label of its own, wherever objects are; purity any, of objects matched by place, "
+    "so where there are more categories than labels it is purity that says how pure they are. ARI"
+    " is of the foreground. Seconds are of counts, places, categories and segmentations, of the "
+    "shipped weights, each at the time when its cell was measured, beside whatever else ran there"
+    " then."
 )
 
 
@@ -199,14 +201,18 @@ def _head(folder: Path, kept: Mapping[Path, dict], contents: Mapping[str, dict])
 
 
 def _departure(settings: Mapping) -> str:
-    """The prior, or what attributes do to a template, where it is other than the paper's."""
-    net = settings["net"]
+    """The prior, what attributes do to a template, and how it is drawn, where not as in the paper.
+    """
+    net, found = settings["net"], []
     if net.get("combine") == "deform":
-        return f", {net['attributes']} deformations"
+        found.append(f"{net['attributes']} deformations")
+    if net.get("contrast"):
+        found.append("contrast")
     if net.get("networks") == "fast" and settings["model"] == "conv-vae":
-        return ", grid in phases"
-    prior = net.get("appearance_prior", "normal")
-    return "" if prior == "normal" else f", {prior}"
+        found.append("grid in phases")
+    if net.get("appearance_prior", "normal") != "normal":
+        found.append(net["appearance_prior"])
+    return "".join(f", {name}" for name in found)
 
 
 def check_page(path: Path) -> None:

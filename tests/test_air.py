@@ -23,7 +23,7 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.models.air import AIR, LARGEST, SMALLEST, AIRConfig
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.models.discrete_air import SPREAD, DiscreteAIR, DiscreteAIRConfig
-from pyro_scenes.nets import Deformation, LookingCell
+from pyro_scenes.nets import Contrast, Deformation, LookingCell
 from pyro_scenes.objectives.air import (
     AIRObjective,
     AIRSchedule,
@@ -602,6 +602,53 @@ def test_deformations_far_out_have_finite_gradients() -> None:
         assert gradient.isfinite().all()
 
 
+def test_a_contrast_by_hand() -> None:
+    """Nothing is changed at first, and 0, a half and 1 never are."""
+    contrast, y = Contrast().double(), torch.linspace(0, 1, 9, dtype=torch.float64)
+    assert torch.allclose(contrast(y), y, atol=2e-6)
+    inside = y[1:-1]
+    for exponent in (3.0, 1 / 3):
+        nn.init.constant_(contrast.log_exponent, math.log(exponent))
+        expected = inside**exponent / (inside**exponent + (1 - inside) ** exponent)
+        assert torch.allclose(contrast(inside), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [0.1, 1.0, 30.0])
+def test_contrasts_have_finite_gradients(exponent) -> None:
+    contrast, y = Contrast(), torch.tensor([0.0, 1e-12, 0.3, 0.5, 1.0 - 6e-8, 1.0])
+    nn.init.constant_(contrast.log_exponent, math.log(exponent))
+    found = contrast(y.requires_grad_())
+    assert (found >= 0).all() and (found <= 1).all() and (found.diff() >= 0).all()
+    gradients = torch.autograd.grad(found.sum(), [y, contrast.log_exponent])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind, config", [
+    (DiscreteAIR, replace(DISCRETE, contrast=True)), (AIR, replace(PLAIN, contrast=True)),
+])
+def test_an_exponent_sharpens_what_is_drawn_on_the_canvas(kind, config) -> None:
+    """In the model and in scenes alike; the template itself stays as it is."""
+    model = kind(config, (1, 12, 20)).eval()
+    nn.init.constant_(model.presence_head.bias, 99.0)
+    scene = model.infer(torch.rand(5, 1, 12, 20))
+    sprites, layers = model.sprites(scene), model.layers(scene)
+    nn.init.constant_(model.contrast.log_exponent, 1.0)
+    assert torch.equal(model.sprites(scene), sprites)
+    odds, sharp = torch.logit(layers, eps=1e-6), torch.logit(model.layers(scene), eps=1e-6)
+    near = odds.abs() < 4
+    assert near.any() and torch.allclose(sharp[near], math.e * odds[near], atol=1e-3)
+    x = torch.rand(2, 1, 12, 20)
+    trace = poutine.trace(model.model).get_trace(x)
+    plain = {name: site["value"] for name, site in trace.nodes.items() if name[:2] == "z_"}
+    with torch.no_grad():
+        before = poutine.trace(poutine.condition(model.model, plain)).get_trace(x)
+        nn.init.constant_(model.contrast.log_exponent, -3.0)
+        after = poutine.trace(poutine.condition(model.model, plain)).get_trace(x)
+    assert not torch.allclose(before.nodes["x"]["fn"].mean, after.nodes["x"]["fn"].mean)
+    assert any(p is model.contrast.log_exponent for p in model.generative())
+    assert any(p is model.contrast.log_exponent for p in model.groups()["model"])
+
+
 def test_the_guide_compares_each_category_deformed_as_the_model_draws_it(monkeypatch) -> None:
     model, seen = deforming(), []
 
@@ -1066,10 +1113,13 @@ def _place(thing: tuple[int, int, Tensor]) -> tuple[int, int]:
 @pytest.mark.parametrize("kind, config", [
     (DiscreteAIR, replace(DISCRETE, isotropic=False, shear=True)),
     (DiscreteAIR, replace(DISCRETE_PAPER, shear=True)), (AIR, PLAIN), (AIR, PLAIN_PAPER),
-], ids=FOUR)
+    (DiscreteAIR, replace(DISCRETE, contrast=True)), (AIR, replace(PLAIN, contrast=True)),
+], ids=[*FOUR, "discrete-air, contrast", "air, contrast"])
 def test_a_rendered_scene_is_the_mean_of_what_was_inferred(kind, config) -> None:
     """On a canvas that is not square, at poses that differ in all that a scene keeps."""
     model, x = kind(config, (1, 12, 20)).eval(), torch.rand(5, 1, 12, 20)
+    if config.contrast:
+        nn.init.constant_(model.contrast.log_exponent, -0.5)  # untrained templates are faint
     chosen = presences(model, [1, 0, 2, 2, 1])
 
     def choose(name: str, site, here: Tensor) -> Tensor:

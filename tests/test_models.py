@@ -109,7 +109,13 @@ TABLE = {
     "discrete-air, deformed": Row(
         lambda: DiscreteAIR(DEFORMED, SHAPE), training={"temperature": 0.5}
     ),
+    "discrete-air, sharpened": Row(
+        lambda: DiscreteAIR(replace(DISCRETE, contrast=True), SHAPE), training={"temperature": 0.5}
+    ),
     "air": Row(lambda: AIR(ATTEND, SHAPE), unreached=BASELINE),
+    "air, sharpened": Row(
+        lambda: AIR(replace(ATTEND, contrast=True), SHAPE), unreached=BASELINE
+    ),
     "air, paper's networks": Row(
         lambda: AIR(replace(ATTEND, networks="paper"), SHAPE), unreached=BASELINE
     ),

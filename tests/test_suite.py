@@ -123,6 +123,8 @@ def test_the_page_shows_no_cell_of_other_weights_and_how_much_was_measured() -> 
     ({"appearance_prior": "mixture:7"}, ", mixture:7"), ({"appearance_prior": "normal"}, ""),
     ({}, ""), ({"combine": "add", "attributes": 1}, ""),
     ({"combine": "deform", "attributes": 8}, ", 8 deformations"),
+    ({"combine": "add", "contrast": True}, ", contrast"), ({"contrast": False}, ""),
+    ({"combine": "deform", "attributes": 2, "contrast": True}, ", 2 deformations, contrast"),
 ])
 def test_the_head_says_where_a_model_is_not_the_papers(net: dict, said: str) -> None:
     assert suite._departure({"net": net}) == said

@@ -33,6 +33,9 @@ later: of two objects or more that of the continuous sites lacks this term.
 Where the fast preset leaves the paper's guide, and why: the LSTM reads a glimpse of x - C_{t-1}
 round the place with most unexplained ink, and z_where is relative to it, where the paper's reads x
 as a flat vector; an object far from the place that is looked at gives its position no gradient.
+With `contrast`, what is written on the canvas is sharpened by a learned exponent (`nets.Contrast`):
+a window that is drawn at another size has no edges as sharp as those of binary images.
+
 In both presets a window is read from what is left of x, so that objects which touch are told apart;
 AIR reads it from x.
 """
@@ -83,6 +86,7 @@ class AIRConfig:
     glimpse_width: int = 16  # channels (fast)
     blur: float = 3.0  # see attention.InkPeak, pixels (fast)
     shut: float = 5.0  # of objects found before, see there, pixels (fast)
+    contrast: bool = False  # whether what is drawn gets as sharp edges as are learned
 
 
 PAPER = AIRConfig(networks="paper", hidden=256, decoder_hidden=(200,), encoder_hidden=(200,))
@@ -118,6 +122,7 @@ class AIR(Attend):
         self.appearance_prior: nn.Module = StandardNormal(c.latent)
         self.likelihood = likelihood(c.likelihood, c.sigma, c.likelihood_floor)
         self.decoder = nets.SpriteMLP(c.latent, channels, c.window, c.decoder_hidden)
+        self.contrast = nets.Contrast() if c.contrast else nn.Identity()
         # inference networks: the LSTM, then the parameters of each site
         pixels = channels * image_shape[1] * image_shape[2]
         self.latents = 1 + 3 + c.latent
@@ -177,7 +182,7 @@ class AIR(Attend):
 
     def write(self, templates: Tensor, z_where: Tensor, size: tuple[int, int]) -> Tensor:
         scale, _, _, translation = self.pose(z_where.flatten(0, -2))
-        drawn = write(templates, scale, translation, size)
+        drawn = self.contrast(write(templates, scale, translation, size))
         return drawn.view(*z_where.shape[:-1], *drawn.shape[1:])
 
     # --- the guide --------------------------------------------------------------------------
@@ -261,4 +266,4 @@ class AIR(Attend):
         return (site.probs > 0.5).float() if name.startswith("z_pres") else site.mean
 
     def group(self, part: str) -> str:
-        return {"decoder": "model", "baseline": "baseline"}.get(part, "guide")
+        return "model" if part in self.decoders else {"baseline": "baseline"}.get(part, "guide")

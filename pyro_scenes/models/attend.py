@@ -18,7 +18,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.nn import pyro_method
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_scenes.affine import to_window, warp
 from pyro_scenes.distributions import one_hot
@@ -61,6 +61,8 @@ class Attend(SceneModel):
     appearance_site = "z_what"
     steps: int
     classes: int = 0
+    decoders: tuple[str, ...] = ("decoder", "contrast")
+    contrast: nn.Module
 
     @pyro_method
     def guide(self, x: Tensor) -> list[dict[str, Tensor]]:
@@ -98,7 +100,7 @@ class Attend(SceneModel):
     def write(self, templates: Tensor, z_where: Tensor, size: tuple[int, int]) -> Tensor:
         """Templates (N, C, S, S) on canvases of their own, (..., C, H, W); z_where (..., D)."""
         flat = z_where.reshape(-1, z_where.shape[-1])
-        drawn = warp(templates, to_window(*self.pose(flat)), size)
+        drawn = self.contrast(warp(templates, to_window(*self.pose(flat)), size))
         return drawn.view(*z_where.shape[:-1], *drawn.shape[1:])
 
     def _drawn(self, found: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
@@ -182,7 +184,8 @@ class Attend(SceneModel):
         half = pose.new_tensor([width / 2, height / 2])
         translation = scene.where[scene.present] / half - 1
         transform = to_window(pose[:, :2], pose[:, 2], pose[:, 3:], translation)
-        layers[scene.present] = warp(sprites[scene.present], transform, (height, width))
+        drawn = warp(sprites[scene.present], transform, (height, width))
+        layers[scene.present] = self.contrast(drawn)
         return layers
 
     @torch.no_grad()

@@ -42,12 +42,16 @@ should, or not at all (tests/test_gradients.py). No gradient passes through C_t 
 draws later: of two objects or more that of the continuous sites lacks this term.
 
 Where the fast preset leaves the paper, and why. The model is the paper's but for its decoder, which
-is fully connected, for one scale of both sides where shapes have one size, and for the first of:
+is fully connected, for one scale of both sides where shapes have one size, and for the first two
+of:
 
 - With `combine=deform`, attributes bend a template smoothly and make it bold or thin, in the same
   way whatever its category (`nets.Deformation`), where the paper's make another picture of it. A
   sum of codes turns a 3 into an 8, and one category serves both, unless it is of one number that
   tells little; a shape that is bent stays that shape, whatever the numbers.
+- With `contrast`, what is written on the canvas is sharpened by a learned exponent
+  (`nets.Contrast`): a template that is turned and drawn at another size has no edges as sharp as
+  those of binary images.
 - It looks before it regresses: the LSTM reads a glimpse round the place with most unexplained
   ink, and z_where is relative to it. Regressing a position from a flat picture is the slow part.
 - It asks the model for the category: each category's template, at the pose and attributes that
@@ -133,6 +137,7 @@ class DiscreteAIRConfig:
     shut: float = 5.0  # of objects found before, see there, pixels (fast)
     sure: float = 10.0  # nats that an object must add for one more in the logit of z_pres (fast)
     angles: int = 36  # tried for each template; 0 to regress them (fast)
+    contrast: bool = False  # whether what is drawn gets as sharp edges as are learned
 
 
 PAPER = DiscreteAIRConfig(
@@ -193,7 +198,7 @@ class DiscreteAIR(Attend):
     :raises UserError: for settings that contradict each other.
     """
 
-    decoders = ("template", "attribute", "decoder")
+    decoders = ("template", "attribute", "decoder", "contrast")
     rates = ("model", "guide")
     appearance_site = "z_attr"
     across = PLACE.start
@@ -218,7 +223,8 @@ class DiscreteAIR(Attend):
         self.where_prior: nn.Module = StandardNormal(where)
         self.appearance_prior: nn.Module = StandardNormal(c.attributes)
         self.likelihood = likelihood(c.likelihood, c.sigma, c.likelihood_floor)
-        # f_t, f_a and the decoder
+        # f_t, f_a, the decoder and what is done to edges
+        self.contrast = nets.Contrast() if c.contrast else nn.Identity()
         self.template = nn.Linear(c.classes, c.code)
         nn.init.normal_(self.template.weight)  # categories start apart
         self.attribute: nn.Linear | None = None
