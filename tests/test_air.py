@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_scenes.affine import to_image, to_window, warp
+from pyro_scenes.attention import gain
 from pyro_scenes.bounds import iwae, log_weights
 from pyro_scenes.config import make_config
 from pyro_scenes.errors import UserError
@@ -1378,6 +1379,62 @@ def test_balance_takes_from_what_is_used_twice_its_share() -> None:
     rescue.usage.copy_(torch.tensor([1.0, 0.0]))
     rescue(used(1.0, 0.0))
     assert torch.allclose(rescue.start, torch.tensor([-0.25, 0.25]))
+
+
+def test_a_start_that_does_not_help_ends_with_a_twin_of_the_most_used() -> None:
+    rescue = Rescue(classes=4, rate=0.5, balance=0.0)
+    for _ in range(300):
+        rescue(used(5.0, 3.0, 2.0, 0.0))
+    assert rescue.twins(1e3) is None
+    usage = rescue.usage.clone()
+    assert rescue.twins(50.0) == (0, 3)
+    assert torch.allclose(rescue.usage, torch.stack([usage[0] / 2, *usage[1:3], usage[0] / 2]))
+    assert not rescue.start.any() and rescue.twins(50.0) is None
+    rescue.start[3], rescue.usage[:] = 99.0, torch.tensor([0.34, 0.33, 0.33, 0.0])
+    assert rescue.twins(50.0) is None  # no one is used for two
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_twins_part_what_one_category_was_for(seed) -> None:
+    """Where kinds differ by plus and minus something from a template, each gets a twin."""
+    model = DiscreteAIR(replace(DISCRETE, classes=3), SHAPE)
+    nn.init.normal_(model.category_head.weight)
+    kinds = torch.eye(3)
+    before, code = model.templates(kinds, None), model.template.weight.clone()
+    model.split(1, 2, seed)
+    after = model.templates(kinds, None)
+    assert torch.equal(after[0], before[0])
+    assert torch.allclose(model.template.weight[:, 1:].mean(-1), code[:, 1], atol=1e-6)
+    assert 0 < (model.template.weight[:, 1] - code[:, 1]).std() < 0.1 * code[:, 1].std()
+    for head in (model.category_head, model.attributes_head):
+        for values in head.parameters():
+            assert torch.equal(*values.unflatten(0, (3, -1))[1:])
+    residual = 0.1 * torch.randn(20, *before.shape[1:])
+    worth = [
+        gain(before[1] + sign * residual, after[1], torch.ones(20), 0.3)
+        - gain(before[1] + sign * residual, after[2], torch.ones(20), 0.3) for sign in (1, -1)
+    ]
+    assert torch.allclose(worth[0], -worth[1], rtol=0.1, atol=1e-2 * worth[0].abs().max().item())
+
+
+def test_an_objective_splits_a_category_until_attributes_count(monkeypatch) -> None:
+    model, asked = DiscreteAIR(replace(DISCRETE, classes=3), SHAPE), []
+    monkeypatch.setattr(model, "split", lambda *pair, seed: asked.append((pair, seed)))
+    objective = DiscreteAIRObjective(DiscreteAIRSchedule(twin=9.0), model, 8)
+    for step in (3, 4):  # of 8, half without attributes
+        objective.rescue.start.copy_(torch.tensor([0.0, 0.0, 9.5]))
+        objective.rescue.usage.copy_(torch.tensor([0.2, 0.8, 0.0]))
+        objective.loss(model, torch.rand(2, *SHAPE), step)
+    assert asked == [((1, 2), 3)]
+
+
+@pytest.mark.parametrize("config, schedule", [
+    (DISCRETE_PAPER, {"rescue": 1.0}), (DISCRETE, {"rescue": 0.0}),
+])
+def test_twins_without_what_they_need_are_refused(config, schedule) -> None:
+    with pytest.raises(UserError, match="twin"):
+        DiscreteAIRObjective(DiscreteAIRSchedule(twin=1.0, **schedule),
+                             DiscreteAIR(config, SHAPE), 8)
 
 
 def test_a_batch_without_objects_teaches_nothing_of_use() -> None:

@@ -97,6 +97,7 @@ from pyro_scenes.models.attend import Attend, Choose, Pose, counted
 from pyro_scenes.priors import GeometricCount, StandardNormal, UniformCategory, presence_logits
 
 LIMIT = 50.0  # of how far apart the logits of a relaxed site are, in units of its temperature
+APART = 0.05  # of a code's standard deviation, how far the twins of a category are from it
 WORTH = 80.0  # nats that two objects must explain more than one, to be looked at apart
 SURE = 8.0  # limit of what evidence adds to the logit of z_pres
 ANGLE, PLACE = 2, slice(3, 5)  # the angle's and the translation's columns of z_where
@@ -350,6 +351,26 @@ class DiscreteAIR(Attend):
             return self.attribute(self.decoder(code), self.attributes_on * what)
         other = self.attributes_on * self.attribute(what)
         return self.decoder(code + other if self.config.combine == "add" else code * other)
+
+    @torch.no_grad()
+    def split(self, source: int, target: int, seed: int) -> None:
+        """Make a category the twin of another, in place: both a little apart from what that was.
+
+        In opposite directions, so that neither is the better one: if two kinds of objects share
+        ``source``, what makes a template worse for one makes it better for the other.
+
+        :param seed: of the direction.
+        """
+        code = self.template.weight[:, source]
+        drawn = torch.randn(len(code), generator=torch.Generator().manual_seed(seed))
+        step = APART * code.std() * drawn.to(code)
+        self.template.weight[:, target] = code - step
+        self.template.weight[:, source] = code + step
+        assert self.category_head is not None
+        for head in (self.category_head, self.attributes_head if self.config.attributes else None):
+            for values in () if head is None else (head.weight, head.bias):
+                parts = values.unflatten(0, (self.classes, -1))
+                parts[target] = parts[source]
 
     # --- the guide --------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from pyro_scenes.objectives.base import Objective, falling, surrogate, temporari
 from pyro_scenes.priors import GeometricCount
 
 BASELINE = 1e4  # by which gradients of AIR's baseline are made smaller
-HARDLY = 0.5  # of a category's fair share
+HARDLY, OFTEN = 0.5, 1.5  # of a category's fair share
 COLDEST = 0.4  # temperature: a coordinate of a colder draw may underflow, whose density is infinite
 
 
@@ -38,6 +38,8 @@ class DiscreteAIRSchedule:
     attributes_from: int = 1500  # templates alone explain the images up to this step, or half-way
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
+    # Nats of such a start after which it begins again as a twin of the most used; 0: never.
+    twin: float = 0.0
 
 
 DISCRETE_PRESETS = {
@@ -76,6 +78,19 @@ class Rescue(nn.Module):
             hardly = share < HARDLY
             self.start.copy_(torch.where(hardly, self.start + self.rate, 0.98 * self.start))
 
+    @torch.no_grad()
+    def twins(self, most: float) -> tuple[int, int] | None:
+        """The most used category and one whose start is at its most without helping, if there are.
+
+        They then share what the first was used.
+        """
+        often, hardly = int(self.usage.argmax()), int(self.start.argmax())
+        if self.start[hardly] < most or self.usage[often] * len(self.usage) < OFTEN:
+            return None
+        self.usage[[often, hardly]] = self.usage[often] / 2
+        self.start[hardly] = 0.0
+        return often, hardly
+
 
 class DiscreteAIRObjective(Objective):
     """The ELBO with relaxed z_cat and z_pres (section 2.3, appendix C).
@@ -95,6 +110,8 @@ class DiscreteAIRObjective(Objective):
             raise UserError(f"temperature_end must be at least {COLDEST} for discrete-air")
         # In a short training too: a code that no step has taught would spoil every template.
         self.attributes_from = min(schedule.attributes_from, steps // 2)
+        if schedule.twin and (model.category_head is None or not schedule.rescue):
+            raise UserError("twin is of the fast networks' categories, and of rescue: set it to 0")
         self.rescue = Rescue(model.classes, schedule.rescue, schedule.balance)
         self.modules["rescue"] = self.rescue
 
@@ -115,6 +132,8 @@ class DiscreteAIRObjective(Objective):
 
         # Later an attribute would turn a category that is given a start into another's kind.
         early = step < self.attributes_from
+        if early and s.twin and (twins := self.rescue.twins(s.twin)):
+            model.split(*twins, seed=step)
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
             "attributes_on": float(not early),
