@@ -1381,17 +1381,21 @@ def test_balance_takes_from_what_is_used_twice_its_share() -> None:
     assert torch.allclose(rescue.start, torch.tensor([-0.25, 0.25]))
 
 
-def test_a_start_that_does_not_help_ends_with_a_twin_of_the_most_used() -> None:
+def test_categories_that_are_used_seldom_become_twins_of_those_that_are_used_often() -> None:
+    rescue = Rescue(classes=5, rate=0.5, balance=0.0)
+    rescue.start.fill_(3.0)
+    rescue.usage.copy_(torch.tensor([0.1, 0.6, 0.17, 0.0, 0.13]))  # 0.2 is fair
+    assert list(rescue.twins()) == [(1, 3), (1, 0)]
+    assert torch.allclose(rescue.usage, torch.tensor([0.15, 0.15, 0.17, 0.3, 0.13]))
+    assert rescue.start.tolist() == [0.0, 0.0, 3.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize("usage", [[0.29, 0.29, 0.29, 0.13], [0.5, 0.18, 0.16, 0.16]])
+def test_categories_that_serve_one_kind_each_have_no_twins(usage) -> None:
+    """Of a frequent kind and a rare one."""
     rescue = Rescue(classes=4, rate=0.5, balance=0.0)
-    for _ in range(300):
-        rescue(used(5.0, 3.0, 2.0, 0.0))
-    assert rescue.twins(1e3) is None
-    usage = rescue.usage.clone()
-    assert rescue.twins(50.0) == (0, 3)
-    assert torch.allclose(rescue.usage, torch.stack([usage[0] / 2, *usage[1:3], usage[0] / 2]))
-    assert not rescue.start.any() and rescue.twins(50.0) is None
-    rescue.start[3], rescue.usage[:] = 99.0, torch.tensor([0.34, 0.33, 0.33, 0.0])
-    assert rescue.twins(50.0) is None  # no one is used for two
+    rescue.usage.copy_(torch.tensor(usage))
+    assert not list(rescue.twins()) and rescue.usage.tolist() == pytest.approx(usage)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -1417,24 +1421,16 @@ def test_twins_part_what_one_category_was_for(seed) -> None:
     assert torch.allclose(worth[0], -worth[1], rtol=0.1, atol=1e-2 * worth[0].abs().max().item())
 
 
-def test_an_objective_splits_a_category_until_attributes_count(monkeypatch) -> None:
-    model, asked = DiscreteAIR(replace(DISCRETE, classes=3), SHAPE), []
+@pytest.mark.parametrize("config", [DISCRETE, DISCRETE_PAPER])
+def test_an_objective_splits_fast_categories_until_attributes_count(config, monkeypatch) -> None:
+    model, asked = DiscreteAIR(replace(config, classes=3), SHAPE), []
     monkeypatch.setattr(model, "split", lambda *pair, seed: asked.append((pair, seed)))
-    objective = DiscreteAIRObjective(DiscreteAIRSchedule(twin=9.0), model, 8)
-    for step in (3, 4):  # of 8, half without attributes
-        objective.rescue.start.copy_(torch.tensor([0.0, 0.0, 9.5]))
+    objective = DiscreteAIRObjective(DiscreteAIRSchedule(twin=2), model, 8)
+    for step in range(8):  # of which half are without attributes
         objective.rescue.usage.copy_(torch.tensor([0.2, 0.8, 0.0]))
         objective.loss(model, torch.rand(2, *SHAPE), step)
-    assert asked == [((1, 2), 3)]
-
-
-@pytest.mark.parametrize("config, schedule", [
-    (DISCRETE_PAPER, {"rescue": 1.0}), (DISCRETE, {"rescue": 0.0}),
-])
-def test_twins_without_what_they_need_are_refused(config, schedule) -> None:
-    with pytest.raises(UserError, match="twin"):
-        DiscreteAIRObjective(DiscreteAIRSchedule(twin=1.0, **schedule),
-                             DiscreteAIR(config, SHAPE), 8)
+    fast = [((1, 2), 3), ((1, 2), 9)]
+    assert asked == (fast if config is DISCRETE else [])
 
 
 def test_a_batch_without_objects_teaches_nothing_of_use() -> None:
@@ -1486,9 +1482,15 @@ def test_presets_suit_the_data() -> None:
     binary = make_config("discrete-air", "multi-mnist-10k").net
     assert (binary.classes, binary.attributes, binary.max_objects) == (10, 8, 3)
     assert (binary.combine, binary.likelihood) == (digits.net.combine, "bernoulli")
+    colours = make_config("discrete-air", "multi-dsprites")
+    assert (colours.net.classes, colours.net.contrast, colours.schedule.twin) == (21, True, 100)
+    for data in ("multi-dsprites", "multi-mnist-1k", "multi-mnist-10k"):
+        assert make_config("air", data).net.likelihood == "bernoulli"
     paper = make_config("discrete-air", "multi-mnist", "paper").net
     assert (paper.classes, paper.attributes, paper.combine, paper.max_objects) == (10, 1, "add", 2)
     assert digits.train.steps != sprites.train.steps
+    # Digits begin in balance.
+    assert (sprites.schedule.twin, digits.schedule.twin, digits.schedule.balance) == (100, 0, 0.1)
     assert digits.schedule.attributes_from == 2000
     changed = make_config("discrete-air", "multi-mnist", settings=["classes=12"], steps=7)
     assert changed.net.classes == 12 and changed.train.steps == 7

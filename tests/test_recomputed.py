@@ -218,6 +218,15 @@ def written(template: Array, matrix: Array, size: tuple[int, int]) -> Array:
     ])
 
 
+def sharpened(model, drawn: Array) -> Array:
+    """Odds to the power that the model has learned."""
+    if not model.config.contrast:
+        return drawn
+    inside = drawn.clip(1e-6, 1 - 1e-6)
+    odds = (inside / (1 - inside)) ** math.exp(plain(model.contrast.log_exponent))
+    return odds / (1 + odds)
+
+
 def matrix_of(model, z: Array) -> Array:
     """Window to image, of z_where."""
     c, matrix = model.config, np.eye(3)
@@ -330,7 +339,8 @@ def attend_terms(model, x: Array, notes: Notes) -> dict[str, Array]:
             k, b = at
             template = template_of(model, None if kinds is None else kinds[k, b],
                                    None if what is None else what[k, b])
-            canvas[k, b] += written(template, matrix_of(model, z_where[k, b]), x.shape[-2:])
+            drawn = written(template, matrix_of(model, z_where[k, b]), x.shape[-2:])
+            canvas[k, b] += sharpened(model, drawn)
     terms["reconstruction"] = of_image(model, x, canvas)
     return terms
 
@@ -352,7 +362,7 @@ def attend_scenes(model, x: Array, notes: Notes) -> tuple[list, list | None, lis
                 z_where = sites["where"][kind[-1]]
             else:
                 template, z_where = template_of(model, None, sites["what"]), sites["where"]
-            found.append(written(template, matrix_of(model, z_where), size))
+            found.append(sharpened(model, written(template, matrix_of(model, z_where), size)))
         counts.append(len(found))
         kinds.append(kind)
         layers.append(found)

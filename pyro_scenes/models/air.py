@@ -92,9 +92,15 @@ class AIRConfig:
 PAPER = AIRConfig(networks="paper", hidden=256, decoder_hidden=(200,), encoder_hidden=(200,))
 PRESETS = {"fast": AIRConfig(), "paper": PAPER}
 DIGITS = {"max_objects": 2, "scale_mean": 0.4, "window": 28}
+BINARY = {"likelihood": "bernoulli", "steps": 6000}
 SUITED = {
-    # Digits are of nearly one size: a prior that says so keeps strokes from being objects.
-    "fast": {"multi-mnist": DIGITS | {"scale_deviation": 0.1, "steps": 2500}},
+    "fast": {
+        # Digits are of nearly one size: a prior that says so keeps strokes from being objects.
+        "multi-mnist": DIGITS | {"scale_deviation": 0.1, "steps": 2500},
+        "multi-mnist-1k": BINARY,
+        "multi-mnist-10k": BINARY,
+        "multi-dsprites": BINARY | {"contrast": True},
+    },
     "paper": {"multi-mnist": DIGITS | {"steps": 328_125}},  # 420 epochs of 50,000 images
 }
 

@@ -150,10 +150,12 @@ DIGITS = {
     "max_objects": 2, "classes": 10, "attributes": 1, "shear": True, "isotropic": False,
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
-# Attributes that do not make a 6 a 0.
-BENT = {"combine": "deform", "attributes": 8, "attribute_least": 0.5}
+# Attributes that do not make a 6 a 0, and categories that are used alike.
+BENT = {
+    "combine": "deform", "attributes": 8, "attribute_least": 0.5, "balance": 0.1, "twin": 0,
+}
 GREY = BENT | {
-    "blur": 4.0, "shut": 6.0, "balance": 0.1, "attributes_from": 2000, "steps": 8000,
+    "blur": 4.0, "shut": 6.0, "attributes_from": 2000, "steps": 8000,
     # Digits are of nearly one size: a prior that says so keeps strokes from being objects.
     "scale_least": 0.25, "scale_most": 0.6,
     # Strokes that are left of a digit are not objects.
@@ -163,12 +165,17 @@ GREY = BENT | {
 BINARY = BENT | {
     "likelihood": "bernoulli", "max_objects": 3, "window": 24,
     "scale_least": 0.15, "scale_most": 0.29, "looks": 3, "rounds": 1,
-    "balance": 0.1, "attributes_from": 1500, "steps": 8000,
+    "attributes_from": 1500, "steps": 8000,
+}
+# Binary shapes in colours, each of which has a category.
+SHAPES = {
+    "likelihood": "bernoulli", "classes": 21, "contrast": True, "steps": 3000,
 }
 SUITED = {
     "fast": {
         "multi-mnist": DIGITS | GREY,
         "multi-mnist-10k": DIGITS | BINARY,
+        "multi-dsprites": SHAPES,
     },
     # 420 epochs (C.4) of 50,000 of the 60,000 images, which the LSTM reads as they are (C.1).
     "paper": {"multi-mnist": DIGITS | {"window": 32, "embedding": False, "steps": 328_125}},

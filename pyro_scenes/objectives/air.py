@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from pyro_scenes.objectives.base import Objective, falling, surrogate, temporari
 from pyro_scenes.priors import GeometricCount
 
 BASELINE = 1e4  # by which gradients of AIR's baseline are made smaller
-HARDLY, OFTEN = 0.5, 1.5  # of a category's fair share
+HARDLY, SELDOM, OFTEN = 0.5, 0.6, 1.5  # of a category's fair share
 COLDEST = 0.4  # temperature: a coordinate of a colder draw may underflow, whose density is infinite
 
 
@@ -38,12 +39,12 @@ class DiscreteAIRSchedule:
     attributes_from: int = 1500  # templates alone explain the images up to this step, or half-way
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
-    # Nats of such a start after which it begins again as a twin of the most used; 0: never.
-    twin: float = 0.0
+    # Each so many steps one that is not used much begins again as a twin of one that is; 0: never.
+    twin: int = 0
 
 
 DISCRETE_PRESETS = {
-    "fast": DiscreteAIRSchedule(),
+    "fast": DiscreteAIRSchedule(twin=100),
     "paper": DiscreteAIRSchedule(
         learning_rate=1e-4, ramp=0, decay_to=1.0, temperature_rate=0.005, attributes_from=0,
         rescue=0.0,
@@ -56,7 +57,9 @@ class Rescue(nn.Module):
 
     In a training alone: which category explains an object is a contest whose winner learns, and a
     template that never wins would never come to look like anything, while another serves two
-    kinds of objects.
+    kinds of objects. A start wins it what it is nearest to, which may be served already: so one
+    that is used seldom, while another serves two kinds, begins again as a twin of that
+    (`DiscreteAIR.split`).
     """
 
     def __init__(self, classes: int, rate: float, balance: float):
@@ -79,17 +82,17 @@ class Rescue(nn.Module):
             self.start.copy_(torch.where(hardly, self.start + self.rate, 0.98 * self.start))
 
     @torch.no_grad()
-    def twins(self, most: float) -> tuple[int, int] | None:
-        """The most used category and one whose start is at its most without helping, if there are.
-
-        They then share what the first was used.
+    def twins(self) -> Iterator[tuple[int, int]]:
+        """Pairs of a category that is used often and one that is seldom, which then share its use.
         """
-        often, hardly = int(self.usage.argmax()), int(self.start.argmax())
-        if self.start[hardly] < most or self.usage[often] * len(self.usage) < OFTEN:
-            return None
-        self.usage[[often, hardly]] = self.usage[often] / 2
-        self.start[hardly] = 0.0
-        return often, hardly
+        fair = 1 / len(self.usage)
+        while True:
+            often, seldom = int(self.usage.argmax()), int(self.usage.argmin())
+            if self.usage[often] < OFTEN * fair or self.usage[seldom] > SELDOM * fair:
+                return
+            self.usage[[often, seldom]] = self.usage[often] / 2
+            self.start[[often, seldom]] = 0.0
+            yield often, seldom
 
 
 class DiscreteAIRObjective(Objective):
@@ -110,8 +113,6 @@ class DiscreteAIRObjective(Objective):
             raise UserError(f"temperature_end must be at least {COLDEST} for discrete-air")
         # In a short training too: a code that no step has taught would spoil every template.
         self.attributes_from = min(schedule.attributes_from, steps // 2)
-        if schedule.twin and (model.category_head is None or not schedule.rescue):
-            raise UserError("twin is of the fast networks' categories, and of rescue: set it to 0")
         self.rescue = Rescue(model.classes, schedule.rescue, schedule.balance)
         self.modules["rescue"] = self.rescue
 
@@ -132,8 +133,9 @@ class DiscreteAIRObjective(Objective):
 
         # Later an attribute would turn a category that is given a start into another's kind.
         early = step < self.attributes_from
-        if early and s.twin and (twins := self.rescue.twins(s.twin)):
-            model.split(*twins, seed=step)
+        if early and s.twin and step % s.twin == s.twin - 1 and model.config.networks == "fast":
+            for number, twins in enumerate(self.rescue.twins()):
+                model.split(*twins, seed=model.classes * step + number)
         settings = {
             "temperature": max(s.temperature_end, math.exp(-s.temperature_rate * step)),
             "attributes_on": float(not early),
