@@ -266,12 +266,15 @@ class Contrast(nn.Module):
     0, a half and 1 stay what they are.
     """
 
+    SHARPEST = 5.0  # largest logarithm of g, and of 1 / g
+
     def __init__(self) -> None:
         super().__init__()
         self.log_exponent = nn.Parameter(torch.zeros(()))
 
     def forward(self, y: Tensor) -> Tensor:
-        return torch.sigmoid(self.log_exponent.exp() * torch.logit(y, eps=1e-6))
+        exponent = self.log_exponent.clamp(-self.SHARPEST, self.SHARPEST).exp()
+        return torch.sigmoid(exponent * torch.logit(y, eps=1e-6))
 
 
 class Deformation(nn.Linear):

@@ -614,7 +614,7 @@ def test_a_contrast_by_hand() -> None:
         assert torch.allclose(contrast(inside), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("exponent", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("exponent", [1e-30, 0.1, 1.0, 30.0, 1e30])
 def test_contrasts_have_finite_gradients(exponent) -> None:
     contrast, y = Contrast(), torch.tensor([0.0, 1e-12, 0.3, 0.5, 1.0 - 6e-8, 1.0])
     nn.init.constant_(contrast.log_exponent, math.log(exponent))

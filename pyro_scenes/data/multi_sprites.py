@@ -29,10 +29,10 @@ def scenes(
 ) -> dict[str, np.ndarray]:
     """A chunk of scenes; attributes `x`, `y`, `size` in pixels and `angle` in radians.
 
-    Each object in turn gets a uniform shape, size, angle (0 to 2 pi, clockwise as displayed) and
-    a uniform centre that keeps it on the canvas, all drawn again until it is clear of the
-    earlier ones. At size s a square has the diagonal s, an equilateral triangle the circumscribed
-    circle's diameter s, an ellipse the axes s and 0.6 s.
+    Each object in turn gets a uniform shape, size within ``sizes``, angle (0 to 2 pi, clockwise as
+    displayed) and a uniform centre that keeps it on the canvas, all drawn again until it is clear
+    of the earlier ones. At size s a square has the diagonal s, an equilateral triangle the
+    circumscribed circle's diameter s, an ellipse the axes s and 0.6 s.
 
     Raises:
         UserError: so many objects do not fit.

@@ -272,4 +272,6 @@ class AIR(Attend):
         return (site.probs > 0.5).float() if name.startswith("z_pres") else site.mean
 
     def group(self, part: str) -> str:
-        return "model" if part in self.decoders else {"baseline": "baseline"}.get(part, "guide")
+        if part == "baseline":
+            return part
+        return "model" if part in self.decoders else "guide"

@@ -56,6 +56,7 @@ class Attend(SceneModel):
 
     :ivar steps: T, most objects in an image; subclasses set `most` to it.
     :ivar classes: K, categories of objects; 0 if they have none.
+    :ivar contrast: what is done to the pixels that an object draws on the canvas.
     """
 
     appearance_site = "z_what"

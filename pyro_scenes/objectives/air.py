@@ -39,7 +39,8 @@ class DiscreteAIRSchedule:
     attributes_from: int = 1500  # templates alone explain the images up to this step, or half-way
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
-    # Each so many steps one that is not used much begins again as a twin of one that is; 0: never.
+    # Each so many steps one that is used seldom begins again as a twin of one used often (fast);
+    # 0: never.
     twin: int = 0
 
 
