@@ -220,7 +220,8 @@ def test_a_card_of_categories_has_their_figures(tmp_path: Path) -> None:
     card = (tmp_path / "shipped" / "kinds.md").read_text()
     [entry] = json.loads((tmp_path / "shipped" / "kinds.json").read_text())["runs"]
     row = entry["figures"][OWN]
-    assert list(entry["figures"]) == [OWN] and "## 7 objects" not in card
+    assert list(entry["figures"]) == [OWN, "small objects"] and "## 7 objects" not in card
+    assert "## small objects\n\n5 held-out scenes of multi-sprites-small." in card
     assert "entropy" not in card  # grey images have a density, without that limit
     assert (row["images"], row["nll_images"]) == (5, 2)
     assert "5 held-out scenes of multi-sprites. -log p(x) is of 2 of them" in card
