@@ -59,13 +59,12 @@ NOTES = (
     " the nats of trainings with N(0, I)). A grid in phases has a learned prior of each phase given"
     " those before; it is N(0, I) in the paper. K deformations are z_attr, which in the paper is"
     " one number that is added to a template's code, and here bends templates and makes them bold"
-    " ([what it gains](RUNS.md#discrete-air)). Contrast sharpens what is drawn on the canvas by "
-    "an exponent that is learned ([what it gains](RUNS.md#air)). Correspondence gives each "
-    "category a label of its own, wherever objects are; purity any, of objects matched by place, "
-    "so where there are more categories than labels it is purity that says how pure they are. ARI"
-    " is of the foreground. Seconds are of counts, places, categories and segmentations, of the "
-    "shipped weights, each at the time when its cell was measured, beside whatever else ran there"
-    " then."
+    " ([what it gains](RUNS.md#discrete-air)). Contrast sharpens what is drawn on the canvas by an"
+    " exponent that is learned ([what it gains](RUNS.md#air)). Correspondence gives each category a"
+    " label of its own, wherever objects are; purity any, of objects matched by place, so where"
+    " there are more categories than labels it is purity that says how pure they are. ARI is of the"
+    " foreground. Seconds are of counts, places, categories and segmentations, of the shipped"
+    " weights, each at the time when its cell was measured, beside whatever else ran there then."
 )
 
 

@@ -272,6 +272,4 @@ class AIR(Attend):
         return (site.probs > 0.5).float() if name.startswith("z_pres") else site.mean
 
     def group(self, part: str) -> str:
-        if part == "baseline":
-            return part
-        return "model" if part in self.decoders else "guide"
+        return part if part == "baseline" else super().group(part)

@@ -100,9 +100,12 @@ class Attend(SceneModel):
 
     def write(self, templates: Tensor, z_where: Tensor, size: tuple[int, int]) -> Tensor:
         """Templates (N, C, S, S) on canvases of their own, (..., C, H, W); z_where (..., D)."""
-        flat = z_where.reshape(-1, z_where.shape[-1])
-        drawn = self.contrast(warp(templates, to_window(*self.pose(flat)), size))
+        drawn = self._placed(templates, self.pose(z_where.reshape(-1, z_where.shape[-1])), size)
         return drawn.view(*z_where.shape[:-1], *drawn.shape[1:])
+
+    def _placed(self, templates: Tensor, pose: Pose, size: tuple[int, int]) -> Tensor:
+        """Templates (N, C, S, S), each by its pose on a canvas of its own, (N, C, H, W)."""
+        return self.contrast(warp(templates, to_window(*pose), size))
 
     def _drawn(self, found: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
         """What objects draw, (..., C, H, W); :param found: "here" (...), and latents (..., D)."""
@@ -184,14 +187,16 @@ class Attend(SceneModel):
         pose = scene.pose[scene.present]  # (P, 5)
         half = pose.new_tensor([width / 2, height / 2])
         translation = scene.where[scene.present] / half - 1
-        transform = to_window(pose[:, :2], pose[:, 2], pose[:, 3:], translation)
-        drawn = warp(sprites[scene.present], transform, (height, width))
-        layers[scene.present] = self.contrast(drawn)
+        parts = pose[:, :2], pose[:, 2], pose[:, 3:], translation
+        layers[scene.present] = self._placed(sprites[scene.present], parts, (height, width))
         return layers
 
     @torch.no_grad()
     def segment(self, scene: Scene, threshold: float = INK) -> Tensor:
         return super().segment(scene, threshold)
+
+    def group(self, part: str) -> str:
+        return "model" if part in self.decoders else "guide"
 
     def check(self, x: Tensor) -> None:
         super().check(x)

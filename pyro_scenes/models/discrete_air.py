@@ -151,10 +151,10 @@ DIGITS = {
     "scale_least": 0.1, "scale_most": 0.8, "angle_deviation": 0.3, "angles": 0, "window": 28,
 }
 # Attributes that do not make a 6 a 0, and categories that are used alike.
-BENT = {
+FAST_DIGITS = {
     "combine": "deform", "attributes": 8, "attribute_least": 0.5, "balance": 0.1, "twin": 0,
 }
-GREY = BENT | {
+GREY = FAST_DIGITS | {
     "blur": 4.0, "shut": 6.0, "attributes_from": 2000, "steps": 8000,
     # Digits are of nearly one size: a prior that says so keeps strokes from being objects.
     "scale_least": 0.25, "scale_most": 0.6,
@@ -162,7 +162,7 @@ GREY = BENT | {
     "straight_through": True, "looks": 3, "rounds": 2,
 }
 # Binary digits, up to three, a third as large: each pixel counts more, and so do attributes.
-BINARY = BENT | {
+BINARY = FAST_DIGITS | {
     "likelihood": "bernoulli", "max_objects": 3, "window": 24,
     "scale_least": 0.15, "scale_most": 0.29, "looks": 3, "rounds": 1,
     "attributes_from": 1500, "steps": 8000,
@@ -624,9 +624,6 @@ class DiscreteAIR(Attend):
     def numbers(self, site: str, value: Tensor) -> Tensor:
         """The category as its index."""
         return value.argmax(-1, keepdim=True).to(value) if site == "z_cat" else value
-
-    def group(self, part: str) -> str:
-        return "model" if part in self.decoders else "guide"
 
 
 def _of_chosen(z_cat: Tensor, values: Tensor) -> Tensor:
