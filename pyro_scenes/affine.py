@@ -53,11 +53,25 @@ def warp(source: Tensor, transform: Tensor, size: tuple[int, int]) -> Tensor:
     :param source: (B, C, H, W). :param transform: (B, 3, 3), of the result's coordinates.
     :param size: (h, w) of the result. :return: (B, C, h, w).
     """
-    shape = [len(source), source.shape[1], *size]
-    if not len(source):
-        return source.new_zeros(shape)  # affine_grid refuses nothing
-    grid = F.affine_grid(transform[:, :2], shape, align_corners=False)
-    return F.grid_sample(source, grid, "bilinear", "zeros", align_corners=False)
+    return F.grid_sample(source, grid(transform, size), "bilinear", "zeros", align_corners=False)
+
+
+def grid(transform: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where a transform takes the centres of pixels, (..., h, w, 2), x and y.
+
+    As torch's affine_grid, whose products of so small matrices take many times as long.
+
+    :param transform: (..., 3, 3). :param size: (h, w).
+    """
+    by_x, by_y, shift = transform[..., :2, :].unbind(-1)  # (..., 2) each
+    across = _centres(size[1], transform)[:, None] * by_x[..., None, :]  # (..., w, 2)
+    down = _centres(size[0], transform)[:, None] * by_y[..., None, :] + shift[..., None, :]
+    return down[..., :, None, :] + across[..., None, :, :]
+
+
+def _centres(count: int, like: Tensor) -> Tensor:
+    """Of so many cells from -1 to 1, (count,)."""
+    return (2 * torch.arange(count, device=like.device, dtype=like.dtype) + 1) / count - 1
 
 
 def windows(source: Tensor, transform: Tensor, side: int) -> Tensor:
@@ -66,12 +80,9 @@ def windows(source: Tensor, transform: Tensor, side: int) -> Tensor:
     :param source: (N, C, H, W). :param transform: (N, K, 3, 3), of window coordinates.
     :return: (N, K, C, side, side).
     """
-    count, kinds = transform.shape[:2]
-    flat = transform.reshape(-1, 3, 3)[:, :2]
-    grid = F.affine_grid(flat, [len(flat), 1, side, side], align_corners=False)
-    grid = grid.view(count, kinds * side, side, 2)
-    seen = F.grid_sample(source, grid, "bilinear", "zeros", align_corners=False)
-    return seen.unflatten(2, (kinds, side)).transpose(1, 2)
+    where = grid(transform, (side, side)).flatten(1, 2)  # (N, K side, side, 2)
+    seen = F.grid_sample(source, where, "bilinear", "zeros", align_corners=False)
+    return seen.unflatten(2, (transform.shape[1], side)).transpose(1, 2)
 
 
 def read(source: Tensor, scale: Tensor, translation: Tensor, size: tuple[int, int]) -> Tensor:
@@ -99,7 +110,7 @@ def _bilinear(scale: Tensor, shift: Tensor, cells: int, count: int) -> Tensor:
 
     Hats of their width round their centres, so that nothing weighs beyond the edges.
     """
-    u = (2 * torch.arange(count, device=scale.device, dtype=scale.dtype) + 1) / count - 1
+    u = _centres(count, scale)
     place = ((scale[:, None] * u + shift[:, None] + 1) * cells - 1) / 2  # (B, count), in cells
     centre = torch.arange(cells, device=scale.device, dtype=scale.dtype)
     return (1 - (place[..., None] - centre).abs()).clamp(min=0)

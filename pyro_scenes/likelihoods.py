@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -47,7 +49,7 @@ class NormalImage(nn.Module):
 
     def forward(self, mean: Tensor) -> TorchDistribution:
         """:param mean: (..., C, H, W). The event is the whole image."""
-        return dist.Normal(mean, self.sigma).to_event(3)
+        return NormalPixels(mean, self.sigma).to_event(3)
 
 
 def likelihood(kind: str, sigma: float, floor: float) -> nn.Module:
@@ -57,6 +59,23 @@ def likelihood(kind: str, sigma: float, floor: float) -> nn.Module:
     if kind == "bernoulli":
         return BernoulliImage(floor)
     raise UserError(f"likelihood must be normal or bernoulli, not {kind!r:.60}")
+
+
+class NormalPixels(dist.Normal):
+    """Normal with one standard deviation: torch's takes its logarithm for each pixel."""
+
+    def __init__(self, mean: Tensor, sigma: float):
+        self.sigma = sigma
+        super().__init__(mean, sigma)
+
+    def expand(self, batch_shape, _instance=None) -> NormalPixels:
+        return NormalPixels(self.loc.expand(batch_shape), self.sigma)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        constant = math.log(self.sigma) + 0.5 * math.log(2 * math.pi)
+        return -0.5 * ((value - self.loc) / self.sigma).square() - constant
 
 
 class BernoulliPixels(TorchDistribution):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_scenes.affine import grid
 from pyro_scenes.spatial import crops
 
 
@@ -296,17 +297,18 @@ class Deformation(nn.Linear):
 
     def forward(self, picture: Tensor, attributes: Tensor) -> Tensor:  # type: ignore[override]
         """:param picture: (N, C, S, S) in [0, 1]. :param attributes: (N, A). :return: as it."""
-        if not len(picture):
-            return picture  # interpolate refuses nothing
-        offsets, odds = super().forward(attributes).split([2 * self.POINTS**2, 1], -1)
+        size = picture.shape[-2], picture.shape[-1]
+        bends, bold = self.weight.split([2 * self.POINTS**2, 1])
+        # Interpolating is linear too, so that of the weights it serves all pictures.
         field = F.interpolate(
-            offsets.unflatten(-1, (2, self.POINTS, self.POINTS)), size=picture.shape[-2:],
-            mode="bicubic", align_corners=True,
-        )  # (N, 2, S, S), x and y, 2 across the picture
-        here = torch.eye(2, 3, device=picture.device, dtype=field.dtype).expand(len(field), 2, 3)
-        place = F.affine_grid(here, list(picture.shape), align_corners=False)
-        bent = F.grid_sample(picture, place + field.permute(0, 2, 3, 1), align_corners=False)
-        odds = odds.clamp(-self.BOLDEST, self.BOLDEST).exp()[..., None, None]  # (N, 1, 1, 1)
+            bends.T.unflatten(-1, (2, self.POINTS, self.POINTS)), size=size, mode="bicubic",
+            align_corners=True,
+        )  # (A, 2, S, S), x and y, 2 across the picture
+        still = grid(torch.eye(3).to(field), size)  # (S, S, 2)
+        place = torch.addmm(still.flatten(), attributes, field.permute(0, 2, 3, 1).flatten(1))
+        bent = F.grid_sample(picture, place.view(-1, *still.shape), align_corners=False)
+        odds = F.linear(attributes, bold).clamp(-self.BOLDEST, self.BOLDEST)
+        odds = odds.exp()[..., None, None]  # (N, 1, 1, 1)
         return bent * odds / (1 - bent + bent * odds)
 
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
-from pyro_scenes.affine import LEAST, read, to_image, to_window, warp, windows, write
+from pyro_scenes.affine import LEAST, grid, read, to_image, to_window, warp, windows, write
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,13 @@ def test_quarter_turns(quarters: int) -> None:
     window = warp(image, to_image(*still(angle=quarters * math.pi / 2)), (9, 9))
     # The window turns clockwise, so that what it sees turns the other way.
     assert torch.allclose(window, torch.rot90(image, quarters, (-2, -1)), atol=1e-5)
+
+
+def test_a_grid_is_torchs() -> None:
+    transform = to_image(*random(12))
+    theirs = F.affine_grid(transform[:, :2], [12, 1, 5, 8], align_corners=False)
+    ours = grid(transform.view(3, 4, 3, 3), (5, 8))
+    assert ours.shape == (3, 4, 5, 8, 2) and torch.allclose(ours.flatten(0, 1), theirs)
 
 
 def test_warping_against_scipy() -> None:

@@ -585,6 +585,19 @@ def test_a_bend_is_smooth_between_its_points() -> None:
     assert 0.8 < inside.max() / (0.4 / 7) <= 1.001 and inside[-1].abs().max() < 1e-3
 
 
+def test_a_deformation_is_torchs_interpolation_of_each_pictures_points() -> None:
+    attribute = Deformation(3).double()
+    picture, what = torch.rand(5, 1, 9, 9).double(), torch.randn(5, 3).double()
+    bends = (what @ attribute.weight[:-1].T).view(5, 2, 4, 4)
+    field = nn.functional.interpolate(bends, size=(9, 9), mode="bicubic", align_corners=True)
+    same = torch.eye(2, 3).double().expand(5, 2, 3)
+    place = nn.functional.affine_grid(same, [5, 1, 9, 9], False) + field.permute(0, 2, 3, 1)
+    bent = nn.functional.grid_sample(picture, place, align_corners=False)
+    odds = bent / (1 - bent) * (what @ attribute.weight[-1]).exp().view(5, 1, 1, 1)
+    assert field.std() > 0.02
+    assert torch.allclose(attribute(picture, what), odds / (1 + odds), atol=1e-12)
+
+
 def test_gradients_of_a_deformation_against_finite_differences() -> None:
     attribute = Deformation(2).double()
     picture, what = torch.rand(2, 1, 5, 5).double(), torch.randn(2, 2).double()

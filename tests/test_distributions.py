@@ -10,7 +10,7 @@ from scipy import stats
 
 from pyro_scenes.distributions import OneHotPlace, one_hot
 from pyro_scenes.errors import UserError
-from pyro_scenes.likelihoods import BernoulliImage
+from pyro_scenes.likelihoods import BernoulliImage, NormalImage
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
 from pyro_scenes.priors import LearnedCount, StandardNormal, UniformCount, UniformPlaces
 
@@ -247,3 +247,21 @@ def test_the_bernoulli_image_keeps_its_means_off_the_ends() -> None:
     log_prob = BernoulliImage(0.1)(mean).log_prob(image)
     # 0.25 becomes 0.1 + 0.8 * 0.25 = 0.3; 0 becomes 0.1 and 7, cut to 1, becomes 0.9.
     assert log_prob.tolist() == pytest.approx([math.log(0.3 * 0.7 * 0.1 * 0.1)])
+
+
+def test_the_normal_image_has_the_density_of_normal_pixels() -> None:
+    rng = np.random.default_rng(0)
+    image, mean = rng.random((2, 5, 3, 4, 4))
+    density = NormalImage(0.3)(torch.from_numpy(mean)).expand((2, 5))
+    expected = stats.norm(mean, 0.3).logpdf(image).sum((1, 2, 3))
+    assert np.allclose(density.log_prob(torch.from_numpy(image)), np.stack([expected] * 2))
+    torch.manual_seed(0)
+    draws = NormalImage(0.3)(torch.full((1, 200, 200), 0.5)).sample()
+    assert float(draws.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(draws.std()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_normal_image_refuses_what_is_no_number_where_that_is_checked() -> None:
+    image = torch.full((1, 2, 2), math.nan)
+    with pytest.raises(ValueError, match="value"):
+        NormalImage()(torch.zeros(1, 2, 2)).log_prob(image)
