@@ -53,7 +53,7 @@ def warp(source: Tensor, transform: Tensor, size: tuple[int, int]) -> Tensor:
     :param source: (B, C, H, W). :param transform: (B, 3, 3), of the result's coordinates.
     :param size: (h, w) of the result. :return: (B, C, h, w).
     """
-    return F.grid_sample(source, grid(transform, size), "bilinear", "zeros", align_corners=False)
+    return _sampled(source, grid(transform, size))
 
 
 def grid(transform: Tensor, size: tuple[int, int]) -> Tensor:
@@ -80,47 +80,36 @@ def windows(source: Tensor, transform: Tensor, side: int) -> Tensor:
     :param source: (N, C, H, W). :param transform: (N, K, 3, 3), of window coordinates.
     :return: (N, K, C, side, side).
     """
-    where = grid(transform, (side, side)).flatten(1, 2)  # (N, K side, side, 2)
-    seen = F.grid_sample(source, where, "bilinear", "zeros", align_corners=False)
+    seen = _sampled(source, grid(transform, (side, side)).flatten(1, 2))  # (N, C, K side, side)
     return seen.unflatten(2, (transform.shape[1], side)).transpose(1, 2)
 
 
 def read(source: Tensor, scale: Tensor, translation: Tensor, size: tuple[int, int]) -> Tensor:
     """`warp` by `to_image` without turn and shear: upright windows off images.
 
-    Rows and columns are then interpolated apart, by a matrix each, in a fraction of the time.
-
     :param source: (B, C, H, W). :param scale: (B, 2). :param translation: (B, 2).
     :param size: (h, w) of the windows. :return: (B, C, h, w).
     """
-    (s_x, s_y), (t_x, t_y) = _away_from_0(scale).unbind(-1), translation.unbind(-1)
-    across = _bilinear(s_x, t_x, source.shape[-1], size[1])  # (B, w, W)
-    return _apart(source, across, _bilinear(s_y, t_y, source.shape[-2], size[0]))
+    return _sampled(source, _upright(_away_from_0(scale), translation, size))
 
 
 def write(source: Tensor, scale: Tensor, translation: Tensor, size: tuple[int, int]) -> Tensor:
     """`warp` by `to_window` without turn and shear, upright windows onto canvases; as `read`."""
-    (s_x, s_y), (t_x, t_y) = _away_from_0(scale).unbind(-1), translation.unbind(-1)
-    across = _bilinear(1 / s_x, -t_x / s_x, source.shape[-1], size[1])
-    return _apart(source, across, _bilinear(1 / s_y, -t_y / s_y, source.shape[-2], size[0]))
+    scale = _away_from_0(scale)
+    return _sampled(source, _upright(1 / scale, -translation / scale, size))
 
 
-def _bilinear(scale: Tensor, shift: Tensor, cells: int, count: int) -> Tensor:
-    """What each of some cells from -1 to 1 weighs at ``scale * u + shift``, (B, count, cells).
-
-    Hats of their width round their centres, so that nothing weighs beyond the edges.
-    """
-    u = _centres(count, scale)
-    place = ((scale[:, None] * u + shift[:, None] + 1) * cells - 1) / 2  # (B, count), in cells
-    centre = torch.arange(cells, device=scale.device, dtype=scale.dtype)
-    return (1 - (place[..., None] - centre).abs()).clamp(min=0)
+def _upright(scale: Tensor, shift: Tensor, size: tuple[int, int]) -> Tensor:
+    """`grid` of scale and shift alone, (B, 2) each: (B, h, w, 2)."""
+    across, down = (
+        scale[:, i, None] * _centres(size[1 - i], scale) + shift[:, i, None] for i in (0, 1)
+    )  # (B, w), (B, h)
+    return torch.stack(torch.broadcast_tensors(across[:, None], down[..., None]), -1)
 
 
-def _apart(source: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """:param source: (B, C, H, W). :param across: (B, w, W). :param down: (B, h, H)."""
-    if source.shape[1] == 1:  # products of few dimensions are the fastest
-        return torch.bmm(torch.bmm(down, source.squeeze(1)), across.mT).unsqueeze(1)
-    return down.unsqueeze(1) @ source @ across.mT.unsqueeze(1)
+def _sampled(source: Tensor, where: Tensor) -> Tensor:
+    """Bilinear, 0 beyond the edges. :param where: (B, h, w, 2), from -1 to 1, edge to edge."""
+    return F.grid_sample(source, where, "bilinear", "zeros", align_corners=False)
 
 
 def _away_from_0(scale: Tensor) -> Tensor:

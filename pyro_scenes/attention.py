@@ -27,47 +27,56 @@ class InkPeak(nn.Module):
     def __init__(self, blur: float, shut: float):
         super().__init__()
         self.blur, self.shut = blur, shut
-        reach = math.ceil(1.5 * blur)
-        offsets = torch.arange(-reach, reach + 1) / (blur / 2)  # at half resolution
-        kernel = torch.exp(-0.5 * offsets**2)
-        self.kernel = nn.Buffer(kernel / kernel.sum(), persistent=False)
 
     @torch.no_grad()
     def forward(self, difference: Tensor, found: list[Tensor]) -> Tensor:
         """:param difference: (N, C, H, W), image less canvas. :param found: of (N, 2), as returned.
         :return: (N, 2), x and y from -1 to 1 across the image.
         """
-        ink = difference.clamp(min=0).sum(1, keepdim=True)
-        # Of an odd side the last pixel shares its cell with nothing: else its ink would be doubled.
-        ink = F.avg_pool2d(F.pad(ink, (0, ink.shape[-1] % 2, 0, ink.shape[-2] % 2)), 2)
-        reach, kernel = len(self.kernel) // 2, self.kernel[None, None]
-        heat = F.conv2d(ink, kernel[..., None, :], padding=(0, reach))
-        heat = F.conv2d(heat, kernel[..., None], padding=(reach, 0)).squeeze(1)  # (N, h, w)
-        rows, columns = (
-            (torch.arange(cells, device=heat.device) + 0.5) * 4 / side - 1
-            for cells, side in zip(heat.shape[-2:], difference.shape[-2:], strict=True)
+        ink = difference.clamp(min=0).sum(1)  # (N, H, W)
+        height, width = (
+            torch.arange(side, device=ink.device, dtype=ink.dtype) for side in ink.shape[-2:]
         )
-        size = heat.new_tensor([difference.shape[-1], difference.shape[-2]])
+        # At half resolution. Products with matrices take a third of what pooling and convolutions
+        # of one channel do.
+        ink = _halving(height) @ ink @ _halving(width).T  # (N, h, w)
+        heat = self._blurring(height[::2]) @ ink @ self._blurring(width[::2])
+        rows, columns = ((2 * cells[::2] + 2) / len(cells) - 1 for cells in (height, width))
 
-        def apart(x: Tensor, y: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-            """How far columns (N, w) and rows (N, h) are from places, in units of some pixels."""
-            across = (columns - x[:, None]) * size[0] / 2 / unit
-            return across, (rows - y[:, None]) * size[1] / 2 / unit
+        def around(x: Tensor, y: Tensor, deviation: float) -> Tensor:
+            """A bump of height 1 at each place, (N, h, w)."""
+            across = (columns - x[:, None]) * len(width) / 2 / deviation
+            down = (rows - y[:, None]) * len(height) / 2 / deviation
+            across, down = (torch.exp(-0.5 * apart.square()) for apart in (across, down))
+            return down[:, :, None] * across[:, None]
 
         for centre in found:
             x, y = centre.unbind(-1)
-            across, down = apart(x, y, self.shut)
-            near = torch.exp(-0.5 * (across[:, None] ** 2 + down[:, :, None] ** 2))
-            heat = heat * (1 - near)
+            heat = heat * (1 - around(x, y, self.shut))
         place = heat.flatten(1).argmax(1)
-        width = heat.shape[-1]
-        x, y = columns[place % width], rows[place // width]
+        x, y = columns[place % len(columns)], rows[place // len(columns)]
         # From the grid to the centre of the ink that made the peak: one step of a mean shift.
-        across, down = (torch.exp(-0.5 * d**2) for d in apart(x, y, self.blur))
-        mine = ink.squeeze(1) * across[:, None] * down[:, :, None]  # (N, h, w)
+        mine = ink * around(x, y, self.blur)
         whole = mine.sum((1, 2)).clamp(min=1e-6)
         mean = torch.stack([(mine.sum(1) * columns).sum(1), (mine.sum(2) * rows).sum(1)], -1)
         return torch.where(whole[:, None] > 1e-3, mean / whole[:, None], torch.stack([x, y], -1))
+
+    def _blurring(self, cells: Tensor) -> Tensor:
+        """What each of some cells has of the others once blurred, (h, h).
+
+        :param cells: (h,), where they are, pixels.
+        """
+        apart = (cells[:, None] - cells).abs()
+        weights = torch.exp(-0.5 * (apart / self.blur).square())
+        return weights * (apart <= 2 * math.ceil(1.5 * self.blur))
+
+
+def _halving(pixels: Tensor) -> Tensor:
+    """Means of pairs of pixels; of an odd number the last counts half, as if beside an empty one.
+
+    :param pixels: (H,), their numbers. :return: (ceil(H / 2), H).
+    """
+    return 0.5 * (pixels // 2 == pixels[::2, None] / 2).to(pixels)
 
 
 class TurnSearch(nn.Module):

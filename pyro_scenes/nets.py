@@ -275,7 +275,9 @@ class Contrast(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         exponent = self.log_exponent.clamp(-self.SHARPEST, self.SHARPEST).exp()
-        return torch.sigmoid(exponent * torch.logit(y, eps=1e-6))
+        sharp = torch.sigmoid(exponent * torch.logit(y, eps=1e-6))
+        # Where nothing is drawn nothing may be, of an exponent below 1 too.
+        return torch.where((y > 0) & (y < 1), sharp, y.detach())
 
 
 class Deformation(nn.Linear):

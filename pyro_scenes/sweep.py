@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -282,20 +283,26 @@ def by_submitit(
         raise UserError("--launcher submitit needs a package that is not here:"
                         " install pyro_scenes[cluster]") from None
     given: dict[str, Any] = {"name": "svi-sweep", "timeout_min": 24 * 60} | parameters
+    cluster = given.pop("cluster", None)
+
+    def executor(folder: str | Path) -> Any:
+        made = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        made.update_parameters(slurm_array_parallelism=jobs, **given)
+        return made
+
     try:
-        executor = submitit.AutoExecutor(
-            folder=out / "submitit", cluster=given.pop("cluster", None)
-        )
-        executor.update_parameters(slurm_array_parallelism=jobs, **given)
+        # Tried elsewhere first: what submitit refuses would leave a folder.
+        with tempfile.TemporaryDirectory() as folder:
+            found = executor(folder).cluster
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
         # What an assertion says may have lines of its own.
         raise UserError(
             f"submitit does not take these parameters: {' '.join(str(error).split())}"
         ) from error
-    if executor.cluster == "local" and jobs < len(todo):
+    if found == "local" and jobs < len(todo):
         raise UserError(f"submitit finds no SLURM here, and would start all {len(todo)} runs at"
                         " once: use --launcher local, which minds --jobs")
-    submitted = executor.map_array(run_cell, todo)
+    submitted = executor(out / "submitit").map_array(run_cell, todo)
     try:
         for cell, job in zip(todo, submitted, strict=True):
             wrong = job.exception()

@@ -382,8 +382,16 @@ def test_bad_input_is_one_line(launcher, data, tmp_path, options, said) -> None:
     assert len([line for line in result.output.split("\n") if "Error" in line]) == 1
 
 
-def test_what_submitit_refuses_leaves_no_folder(launcher, data, tmp_path) -> None:
-    invoke(data, tmp_path / "out", "--launcher", "submitit", "--launcher-set", "speed=3")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("word, said", [
+    ("speed=3", "prefixed by an executor"), ("timeout_min=x", "does not take"),
+    ("cluster=moon", "moon"), ("cluster=local", "would start all 2 runs"),
+])
+def test_what_submitit_refuses_leaves_no_folder(word, said, data, tmp_path) -> None:
+    pytest.importorskip("submitit")
+    words = ("--launcher", "submitit", "--launcher-set", word, "--seeds", "0-1", "--jobs", "1")
+    result = invoke(data, tmp_path / "out", *words)
+    assert result.exit_code == 2 and said in result.output, result.output
     assert not (tmp_path / "out").exists()
 
 

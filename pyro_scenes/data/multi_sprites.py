@@ -16,7 +16,7 @@ SIDE = 64  # pixels of the canvas
 # Least and largest diameter of the circumscribed circle, pixels; the paper's figure 4 shows
 # inferred scales of 0.18 to 0.31 of the canvas.
 SIZES = 11.0, 20.0
-# Of objects with some tens of pixels, as the paper's appendix G has its failures.
+# Of objects with 6 to 60 pixels: small ones, with which the paper's appendix G has its failures.
 SMALL = 5.0, 11.0
 # Centres are at least so many times the sum of the two radii apart.
 APART = 0.9

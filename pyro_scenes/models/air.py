@@ -33,8 +33,9 @@ later: of two objects or more that of the continuous sites lacks this term.
 Where the fast preset leaves the paper's guide, and why: the LSTM reads a glimpse of x - C_{t-1}
 round the place with most unexplained ink, and z_where is relative to it, where the paper's reads x
 as a flat vector; an object far from the place that is looked at gives its position no gradient.
-With `contrast`, what is written on the canvas is sharpened by a learned exponent (`nets.Contrast`):
-a window that is drawn at another size has no edges as sharp as those of binary images.
+
+With `contrast` ST is sharpened by a learned exponent (`nets.Contrast`), where the paper has none: a
+window that is drawn at another size has no edges as sharp as those of binary images.
 
 In both presets a window is read from what is left of x, so that objects which touch are told apart;
 AIR reads it from x.

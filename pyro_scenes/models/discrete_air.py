@@ -174,6 +174,7 @@ SHAPES = {
 SUITED = {
     "fast": {
         "multi-mnist": DIGITS | GREY,
+        "multi-mnist-1k": DIGITS | BINARY,
         "multi-mnist-10k": DIGITS | BINARY,
         "multi-dsprites": SHAPES,
     },
@@ -574,8 +575,8 @@ class DiscreteAIR(Attend):
     def _gain(self, left: Tensor, drawn: Tensor, z_where: Tensor) -> Tensor:
         """What an object of each category would add to the log likelihood, nats, (N, K).
 
-        Of a normal likelihood, whatever the model's; counted in the window, which costs less than
-        among the pixels, but in an evaluation with `rounds`.
+        Of a normal likelihood, whatever the model's. Counted in the window, and before `contrast`,
+        which costs less than among the pixels, but in an evaluation with `rounds`.
 
         :param left: (N, C, H, W). :param drawn: (N, K, C, S, S) or (K, C, S, S), its template.
         :param z_where: (N, K, D).
@@ -593,7 +594,7 @@ class DiscreteAIR(Attend):
             # What is beyond the canvas explains nothing, as in a window: else an object that is
             # there alone would cost nothing where there is none.
             canvas = windows(left.new_ones(len(left), 1, *size), transform, c.window)
-            beyond = ((1 - canvas) * drawn.square()).sum((-3, -2, -1))
+            beyond = ((1 - canvas) * self.contrast(drawn).square()).sum((-3, -2, -1))
             return inside - cell * beyond / (2 * c.sigma**2)
         return attention.gain(windows(left, transform, c.window), drawn, cell, c.sigma)
 

@@ -28,7 +28,10 @@ COLDEST = 0.4  # temperature: a coordinate of a colder draw may underflow, whose
 
 @dataclass(frozen=True)
 class DiscreteAIRSchedule:
-    """Annealing of Discrete-AIR's training; defaults are the fast preset's. In steps."""
+    """Annealing of Discrete-AIR's training. In steps.
+
+    Defaults are the fast preset's but for ``twin``, which trainings before it had not.
+    """
 
     learning_rate: float = 2e-3  # networks of model and guide
     ramp: int = 100  # learning rates rise over so many steps
@@ -39,8 +42,8 @@ class DiscreteAIRSchedule:
     attributes_from: int = 1500  # templates alone explain the images up to this step, or half-way
     rescue: float = 1.0  # nats that a category which is hardly used is given, more each step
     balance: float = 0.0  # nats that one used twice its share loses each step, in place of that
-    # Each so many steps one that is used seldom begins again as a twin of one used often (fast);
-    # 0: never.
+    # Each so many steps, up to attributes_from, those used seldom begin again as twins of those
+    # used often (fast networks); 0: never.
     twin: int = 0
 
 
