@@ -404,8 +404,8 @@ def test_a_baseline_starts_from_what_the_image_has_without_more_objects(likeliho
         torch.nn.init.zeros_(parameter)
     x = torch.rand(5, *SHAPE).round()
     sites = poutine.trace(model.guide).get_trace(x).nodes
-    drawn = {name: sites[f"{name}_0"]["value"].unsqueeze(1) for name in ("z_where", "z_what")}
-    first = model._drawn(drawn | {"here": sites["z_pres_0"]["value"].unsqueeze(1)}, SHAPE[1:])[:, 0]
+    drawn = {name: sites[f"{name}_0"]["value"] for name in ("z_where", "z_what")}
+    first = model._drawn([drawn | {"here": sites["z_pres_0"]["value"]}], SHAPE[1:])
     assert sites["z_pres_0"]["value"].any() and first.amax() > 0.1
     for t, canvas in enumerate((torch.zeros_like(x), first)):
         given = sites[f"z_pres_{t}"]["infer"]["baseline"]
@@ -448,6 +448,16 @@ def test_a_step_of_a_cell_that_looks_is_torchs() -> None:
 
 
 # --- densities by hand ---------------------------------------------------------------------------
+
+
+def test_objects_that_are_not_there_are_not_decoded(model) -> None:
+    counts = list(range(model.steps + 1))
+    x = torch.rand(len(counts), *SHAPE)
+    values = draw(model, x, presences(model, counts))
+    decoded: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda _, given: decoded.append(len(given[0])))
+    density(model.model, x, values)
+    assert decoded == [sum(counts)]
 
 
 def test_absent_objects_cost_nothing(model) -> None:

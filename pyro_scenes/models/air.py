@@ -166,14 +166,8 @@ class AIR(Attend):
                 with poutine.mask(mask=here > 0):
                     z_where = pyro.sample(f"z_where_{t}", self.where_prior())  # (B, 3)
                     z_what = pyro.sample(f"z_what_{t}", self.appearance_prior())  # (B, L)
-                objects.append((here[..., None], z_where, z_what))
-            shape = here.shape
-            gate, z_where, z_what = (
-                torch.stack([v.expand(*shape, -1) for v in values], -2)
-                for values in zip(*objects, strict=True)
-            )  # (B, T, .) each
-            found = {"here": gate.squeeze(-1), "z_where": z_where, "z_what": z_what}
-            canvas = self._drawn(found, (x.shape[-2], x.shape[-1])).sum(-4)
+                objects.append({"here": here, "z_where": z_where, "z_what": z_what})
+            canvas = self._drawn(objects, (x.shape[-2], x.shape[-1]))
             pyro.sample("x", self.likelihood(canvas), obs=x)
 
     def pose(self, z_where: Tensor) -> Pose:
@@ -241,7 +235,7 @@ class AIR(Attend):
             previous = torch.cat([z_pres.unsqueeze(-1), z_where, z_what], -1).flatten(0, -2)
             if t + 1 < self.steps:
                 with torch.no_grad():
-                    drawn = self._drawn(steps[-1], (x.shape[-2], x.shape[-1]))
+                    drawn = self._drawn(steps[-1:], (x.shape[-2], x.shape[-1]))
                     canvas = canvas + drawn.flatten(0, -4)
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps

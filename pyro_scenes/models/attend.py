@@ -107,14 +107,28 @@ class Attend(SceneModel):
         """Templates (N, C, S, S), each by its pose on a canvas of its own, (N, C, H, W)."""
         return self.contrast(warp(templates, to_window(*pose), size))
 
-    def _drawn(self, found: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
-        """What objects draw, (..., C, H, W); :param found: "here" (...), and latents (..., D)."""
-        kind, what = (
-            None if value is None else value.flatten(0, -2)
-            for value in (found.get("z_cat"), found.get(self.appearance_site))
-        )
-        drawn = self.write(self.templates(kind, what), found["z_where"], size)
-        return found["here"][..., None, None, None] * drawn
+    def _drawn(self, objects: list[dict[str, Tensor]], size: tuple[int, int]) -> Tensor:
+        """What objects draw together, (..., C, H, W); no time goes into those that are not there.
+
+        :param objects: of each "here" (...), and latents (..., D) or without some dimensions.
+        """
+        lead = objects[-1]["here"].shape
+        here = torch.stack([found["here"].expand(lead) for found in objects], -1)  # (..., T)
+        there = torch.ones_like(here) if here.requires_grad else here
+        there = there.flatten().nonzero().squeeze(1)  # (P,)
+
+        def of_those(name: str) -> Tensor | None:
+            if name not in objects[0]:
+                return None
+            values = torch.stack([found[name].expand(*lead, -1) for found in objects], -2)
+            return values.flatten(0, -2)[there]  # (P, D)
+
+        z_where = of_those("z_where")
+        assert z_where is not None
+        templates = self.templates(of_those("z_cat"), of_those(self.appearance_site))
+        drawn = here.flatten()[there, None, None, None] * self.write(templates, z_where, size)
+        canvas = drawn.new_zeros(here.numel() // len(objects), *drawn.shape[1:])
+        return canvas.index_add(0, there // len(objects), drawn).view(*lead, *drawn.shape[1:])
 
     # --- scenes -----------------------------------------------------------------------------
 

@@ -299,7 +299,7 @@ class DiscreteAIR(Attend):
         category = self.category_prior().logits
         with pyro.plate("images", len(x), dim=-1):
             here = x.new_ones(len(x))
-            objects: list[list[Tensor]] = []
+            objects: list[dict[str, Tensor]] = []
             for t in pyro.markov(range(self.steps), history=self.steps):
                 with counted(here):
                     z_pres = pyro.sample(f"z_pres_{t}", self._one_hot(presence[t]))  # (B, 2)
@@ -307,18 +307,11 @@ class DiscreteAIR(Attend):
                 with counted(here):
                     z_cat = pyro.sample(f"z_cat_{t}", self._category(category))  # (B, K)
                     z_where = pyro.sample(f"z_where_{t}", self.where_prior())  # (B, D)
-                    latents = [here[..., None], z_cat, z_where]
+                    objects.append({"here": here, "z_cat": z_cat, "z_where": z_where})
                     if self.config.attributes:
-                        latents.append(pyro.sample(f"z_attr_{t}", self.appearance_prior()))
-                objects.append(latents)
-            shape = here.shape
-            gate, z_cat, z_where, *z_attr = (
-                torch.stack([v.expand(*shape, -1) for v in values], -2)
-                for values in zip(*objects, strict=True)
-            )  # (B, T, .) each
-            found = {"here": gate.squeeze(-1), "z_cat": z_cat, "z_where": z_where}
-            found |= {"z_attr": z_attr[0]} if z_attr else {}
-            canvas = self._drawn(found, (x.shape[-2], x.shape[-1])).sum(-4)
+                        z_attr = pyro.sample(f"z_attr_{t}", self.appearance_prior())
+                        objects[-1]["z_attr"] = z_attr
+            canvas = self._drawn(objects, (x.shape[-2], x.shape[-1]))
             pyro.sample("x", self.likelihood(canvas), obs=x)
 
     def _category(self, logits: Tensor) -> dist.TorchDistribution:
@@ -418,7 +411,7 @@ class DiscreteAIR(Attend):
             previous = torch.cat([v.expand(*lead, -1).flatten(0, -2) for v in chosen], -1)
             if t + 1 < self.steps:
                 with torch.no_grad():
-                    canvas = canvas + self._drawn(found, size).flatten(0, -4)
+                    canvas = canvas + self._drawn([found], size).flatten(0, -4)
                     centres.append(self.pose(found["z_where"].flatten(0, -2))[3])
         return steps
 
