@@ -212,6 +212,17 @@ def configuration(content: dict) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
+def networks(name: str | Path, model: str) -> Any:
+    """The networks' settings of a checkpoint, for a run that begins with its weights.
+
+    :raises UserError: if there is none of that model.
+    """
+    config = configuration(read(find(name)))
+    if config.model != model:
+        raise UserError(f"{name} is of {config.model}, not of {model}: begin with one of {model}")
+    return config.net
+
+
 def _holds(content: object, kinds: dict) -> bool:
     return isinstance(content, dict) and all(
         isinstance(content.get(name), kind) for name, kind in kinds.items())

@@ -102,11 +102,12 @@ class RunConfig:
     train: TrainConfig
     schedule: Any  # the objective's dataclass
     net: Any  # the model's dataclass
+    start: str = ""  # the checkpoint whose weights it begins with, "" for random ones
     parts: typing.ClassVar[tuple[str, ...]] = ("train", "schedule", "net")
 
     def to_dict(self) -> dict:
         """As JSON has it, but for tuples."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "start" or value}
 
     def command(self, seed: int | str) -> str:
         """What trains such a run, with every setting that is not the preset's."""
@@ -117,6 +118,7 @@ class RunConfig:
             for name, value in vars(getattr(self, part)).items():
                 if value != getattr(getattr(usual, part), name):
                     words += ["--set", f"{spelled(self, part, name)}={written(value)}"]
+        words += ["--from", self.start] if self.start else []
         return shlex.join([*words, "--seed", str(seed)])
 
     @staticmethod
@@ -130,8 +132,11 @@ class RunConfig:
             config = make_config(
                 values["model"], values["data"], values["preset"], seed=values["seed"], known=False
             )
+            config = replace(config, start=values.get("start", ""))
             if not (_suits(config.data, str) and _suits(config.seed, int)):
                 raise TypeError("data is a name, and seed a whole number")
+            if not _suits(config.start, str):
+                raise TypeError("start is a name")
             for part in RunConfig.parts:
                 now = getattr(config, part)
                 kinds = _kinds(now.__class__)
@@ -157,6 +162,8 @@ def make_config(
     steps: int | None = None,
     seed: int = 0,
     known: bool = True,
+    start: str = "",
+    net: Any = None,
 ) -> RunConfig:
     """A run's configuration.
 
@@ -164,6 +171,8 @@ def make_config(
     :param settings: "name=value", any field of the three parts; a name that two of them have needs
         its part, as in "net.more=0.4".
     :param known: insist that ``data`` exists.
+    :param start: the checkpoint whose weights the run begins with.
+    :param net: the networks' settings to begin with, in place of the preset's.
     :raises UserError: on unknown names and values of the wrong type or size.
     """
     if model not in MODELS:
@@ -177,10 +186,12 @@ def make_config(
         )
     train = TRAINING[model][preset] if model in TRAINING else TrainConfig()
     config = RunConfig(
-        model, data, preset, seed, train, schedule(model, preset), presets[preset]
+        model, data, preset, seed, train, schedule(model, preset), presets[preset], start
     )
     for name, value in suited.get(preset, {}).get(data, {}).items():
         config = _with(config, *find(config, name), value)
+    if net is not None:
+        config = replace(config, net=net)
     if steps is not None:
         settings = [*settings, f"steps={steps}"]
     for setting in settings:

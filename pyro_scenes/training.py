@@ -102,6 +102,8 @@ def train(
         run.on_record = on_record
         if kept is not None:
             run.restore(kept, path)
+        elif config.start:
+            run.start()
         distributed.shared(begin)
         run.loop(out, progress)
         return run.history
@@ -296,6 +298,19 @@ class Run:
             raise FileNotFoundError(missing, os.strerror(missing), str(out / checkpoint.FILE))
         checkpoint.save(out / checkpoint.FILE, self.config, self.model, self.step, training)
         write_json(out / checkpoint.HISTORY, self.history)
+
+    def start(self) -> None:
+        """Take the weights of the checkpoint that the configuration says.
+
+        :raises UserError: if they do not fit.
+        """
+        try:
+            self.model.load_state_dict(checkpoint.load(self.config.start).model.state_dict())
+        except RuntimeError as error:
+            raise UserError(
+                f"the weights of {self.config.start} do not fit: it has networks of other settings,"
+                " or for images of another size; leave out --set of networks, or --from"
+            ) from error
 
     def restore(self, content: dict, path: Path) -> None:
         """Go on from the content of a checkpoint of the same configuration, read from ``path``.

@@ -4,6 +4,7 @@
 import copy
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_scenes import checkpoint, evaluate, report, training
-from pyro_scenes.config import RunConfig, make_config
+from pyro_scenes.config import RunConfig, TrainConfig, make_config
 from pyro_scenes.data import load_npz
 from pyro_scenes.errors import UserError
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
@@ -62,6 +63,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def configured(data: str, *settings: str, steps: int = STEPS, seed: int = 0) -> RunConfig:
     return make_config("lavae", data, settings=TINY + settings, steps=steps, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def begun(data, tmp_path_factory) -> Path:
+    """A run of networks that no preset has."""
+    out = tmp_path_factory.mktemp("runs") / "begun"
+    run(configured(data, "latent=3", steps=3), out)
+    return out
+
+
+def continued(data: str, start: Path, *settings: str, steps: int = 2) -> RunConfig:
+    """A run that begins with that one's weights, and says nothing of its networks."""
+    own = [setting for setting in TINY if setting.partition("=")[0] in vars(TrainConfig())]
+    return make_config("lavae", data, settings=[*own, *settings], steps=steps, start=str(start),
+                       net=checkpoint.networks(start, "lavae"))
 
 
 def run(config: RunConfig, out: Path, **options) -> training.History:
@@ -166,6 +182,42 @@ def test_resuming_a_finished_run_changes_nothing(data, tmp_path) -> None:
 def test_resuming_without_a_run_starts_one(data, tmp_path) -> None:
     config = configured(data, steps=2)
     assert len(run(config, tmp_path / "new", resume=True)["loss"][0]) == 2
+
+
+def test_a_run_begins_with_the_weights_and_networks_of_another(data, begun, tmp_path) -> None:
+    """Rates of 0 show what it began with."""
+    names = "learning_rate", "location_learning_rate", "prior_learning_rate"
+    for rate in ("0", "0.01"):
+        run(continued(data, begun, *(f"{name}={rate}" for name in names)), tmp_path / rate)
+    theirs, same, moved = (
+        checkpoint.load(path) for path in (begun, tmp_path / "0", tmp_path / "0.01")
+    )
+    assert same.config.net == theirs.config.net and same.config.net.latent == 3
+    weights = [name for name, _ in theirs.model.named_parameters()]
+    one, two, three = (found.model.state_dict() for found in (theirs, same, moved))
+    assert all(torch.equal(one[name], two[name]) for name in weights)
+    assert not all(torch.equal(one[name], three[name]) for name in weights)
+    assert f"--from {begun}" in same.config.command(0)
+    assert "--from" not in theirs.config.command(0)
+
+
+def test_such_a_run_goes_on_without_what_it_began_with(data, begun, tmp_path, monkeypatch) -> None:
+    start, whole, parts = (tmp_path / name for name in ("start", "whole", "parts"))
+    shutil.copytree(begun, start)
+    config = continued(data, start, "checkpoint_every=2", steps=4)
+    run(config, whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", before_step(3, crash))
+        with pytest.raises(Crash):
+            run(config, parts)
+    shutil.rmtree(start)
+    run(config, parts, resume=True)
+    one, two = (checkpoint.read(folder / "checkpoint.pt") for folder in (whole, parts))
+    assert one["step"] == two["step"] == 4
+    assert differences(one["model"], two["model"]) == []
+    with pytest.raises(UserError, match="no run, file"):
+        run(config, tmp_path / "anew")
+    assert not (tmp_path / "anew").exists()
 
 
 @pytest.mark.parametrize("change, name", [

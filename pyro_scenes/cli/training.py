@@ -31,6 +31,9 @@ if TYPE_CHECKING:
               "files, of which the last 5% is held out.")
 @click.option("--preset", metavar="NAME", default="fast", show_default=True,
               help="fast, or paper for the paper's networks and schedule.")
+@click.option("--from", "start", metavar="CHECKPOINT", default="",
+              help="Begin with the weights of a run, a file or a shipped checkpoint, and its "
+              "networks' settings, not with random weights.")
 @click.option("--steps", metavar="N", type=click.IntRange(min=1),
               help="Training steps; default: the preset's.")
 @seed_option
@@ -47,9 +50,9 @@ if TYPE_CHECKING:
               "run's folder. Needs pyro_scenes[tensorboard].")
 @mnist_option
 @version_option
-def train(model: str, data: str, preset: str, steps: int | None, seed: int, device: str,
-          settings: tuple[str, ...], list_them: bool, out: Path | None, resume: bool, force: bool,
-          tensorboard: bool, mnist: Path | None) -> None:
+def train(model: str, data: str, preset: str, start: str, steps: int | None, seed: int,
+          device: str, settings: tuple[str, ...], list_them: bool, out: Path | None, resume: bool,
+          force: bool, tensorboard: bool, mnist: Path | None) -> None:
     """Train a model and measure it on held-out scenes.
 
     The run's folder gets checkpoint.pt, config.json, history.json and inference.png. For several
@@ -57,16 +60,24 @@ def train(model: str, data: str, preset: str, steps: int | None, seed: int, devi
     """
     if resume and force:
         raise click.UsageError("--resume keeps the run and --force replaces it: give one of them")
-    from pyro_scenes.config import make_config
+    out = out or Path("runs") / f"{model}-{Path(data).stem}-seed{seed}"
+
+    def configured() -> RunConfig:
+        from pyro_scenes import checkpoint
+        from pyro_scenes.config import make_config
+
+        # A run that goes on needs no longer what it began with.
+        there = resume and (out / checkpoint.FILE).exists()
+        net = checkpoint.networks(out if there else start, model) if start else None
+        return make_config(model, data, preset, settings, steps, seed, start=start, net=net)
 
     if list_them:
-        click.echo(_listed(make_config(model, data, preset, settings, steps, seed)))
+        click.echo(_listed(configured()))
         return
     from pyro_scenes import distributed, report, training
 
     with distributed.session(device):
-        config = make_config(model, data, preset, settings, steps, seed)
-        out = out or Path("runs") / f"{model}-{Path(data).stem}-seed{seed}"
+        config = configured()
         log = TensorBoard(out / "tensorboard") if tensorboard else None
         try:
             training.train(config, out, resume=resume, force=force, device=device, mnist=mnist,
