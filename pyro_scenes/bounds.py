@@ -29,7 +29,7 @@ from tqdm import tqdm
 from pyro_scenes import distributed
 from pyro_scenes.data import SceneData
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import at_a_time, in_mode, keep_memory
+from pyro_scenes.machine import at_a_time, in_mode, keep_memory, own_parameters
 from pyro_scenes.models import GenerativeModel
 
 # Particles times images at a time. On a CPU, larger tensors than those of so many images are memory
@@ -213,6 +213,7 @@ def _chunks(
         yield _terms(model, x, min(step, particles - start))
 
 
+@own_parameters()
 def _terms(model: GenerativeModel, x: Tensor, particles: int) -> dict[str, Tensor]:
     """log p - log q of each family of sites, (K, B): of latent ones, and of all observed ones.
 

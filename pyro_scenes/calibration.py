@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from pyro_scenes.bounds import CHUNKS
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import at_a_time, in_mode, seeded
+from pyro_scenes.machine import at_a_time, in_mode, own_parameters, seeded
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.objectives import Objective
 
@@ -71,7 +71,7 @@ def measure(
     counts: list[Tensor] = []
     given: list[Tensor] = []
     with (
-        seeded(seed, device), pyro.validation_enabled(False),
+        seeded(seed, device), pyro.validation_enabled(False), own_parameters(),
         tqdm(total=scenes, desc="scenes", unit="scene", disable=not progress) as bar,
     ):
         for start in range(0, scenes, size):
@@ -97,6 +97,7 @@ def measure(
     return Ranks(joined, true, shares)
 
 
+@own_parameters()
 def simulate(model: GenerativeModel, count: int) -> tuple[poutine.Trace, Tensor]:
     """Scenes from the model: their trace, and images with the likelihood's noise (B, C, H, W)."""
     device = model.device

@@ -1,4 +1,4 @@
-"""The machine at hand: what kind it is, its memory, and its random numbers."""
+"""The machine at hand, and Pyro on it: its kind, its memory, random numbers and parameters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyro
 import torch
 from torch import nn
 
@@ -40,6 +41,17 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers from a seed, inside; those of the processor and the device go on after it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def own_parameters() -> Iterator[None]:
+    """Pyro leaves parameters to their modules, inside: torch optimisers train them.
+
+    Else it keeps them in its store by name, which two models may share. Pyro's optimisers take
+    them from there, so that outside of what this package computes the setting is the user's.
+    """
+    with pyro.settings.context(module_local_params=True):
         yield
 
 

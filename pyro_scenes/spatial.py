@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 def place_sprites(
@@ -34,7 +35,10 @@ def place_sprites(
         each alone, less that at the place itself. Farther away it is 0, as at the place.
     :return: (B, C, H, W); parts of a sprite beyond the canvas are cut.
     """
-    return _Place.apply(sprites, places, image, size, slope, reach)
+    given = sprites, places, image, size, slope, reach
+    if has_torch_function(given):  # as Pyro's tensors that know which draws they depend on
+        return handle_torch_function(place_sprites, given, *given)
+    return _Place.apply(*given)
 
 
 class _Place(torch.autograd.Function):

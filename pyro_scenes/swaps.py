@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pyro_scenes import priors
 from pyro_scenes.data import DATASETS, SceneData, load, split_held_out
 from pyro_scenes.errors import UserError
-from pyro_scenes.machine import at_a_time, seeded
+from pyro_scenes.machine import at_a_time, own_parameters, seeded
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
 
@@ -95,6 +95,7 @@ class Found:
 
 
 @torch.no_grad()
+@own_parameters()
 def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
     """Draw from the guide once for each scene."""
     counts, means, scales = [], [], []

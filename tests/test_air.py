@@ -369,6 +369,25 @@ def test_the_order_of_draws_tells_what_tracking_them_does(config) -> None:
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
+@pytest.mark.parametrize("images", [1, 6])
+@pytest.mark.parametrize("config", [PLAIN, PLAIN_PAPER], ids=["fast", "paper"])
+def test_two_particles_train_as_twice_the_images_do(config, images) -> None:
+    """Half as much, as theirs are a mean; the baseline too."""
+    model, x = AIR(replace(config, max_objects=2), SHAPE), torch.rand(images, *SHAPE)
+    particles = TraceGraph_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    outcomes = []
+    for elbo, seen in ((particles, x), (TraceGraph_ELBO(), x.repeat(2, 1, 1, 1))):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = elbo.loss_and_grads(model.model, model.guide, seen)
+        outcomes.append((loss, [p.grad.clone() for p in model.parameters()]))
+    (mean, ours), (whole, theirs) = outcomes
+    assert mean == pytest.approx(whole / 2, rel=1e-5)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other / 2, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    assert all(p.grad.any() for p in model.baseline.parameters())
+
+
 def test_a_batch_of_one_image_trains_as_others_do() -> None:
     """The baseline too, which is fitted to what the image gained."""
     model = AIR(replace(PLAIN, max_objects=2), SHAPE)

@@ -469,7 +469,7 @@ def test_both_airs_train_in_turn_and_the_store_of_parameters_stays_ours(air_fold
     for name, of in parameters.items():
         assert [k for k, p in of.items() if torch.equal(p, before[name][k])] == [], name
     assert not set(pyro.get_param_store())
-    assert pyro.settings.get("module_local_params")
+    assert not pyro.settings.get("module_local_params")  # which is Pyro's default
 
 
 def test_the_prior_of_pyros_air_is_geometric_up_to_the_limit() -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyro
+import pyro.optim
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from test_conv_vae import informed
@@ -29,6 +30,8 @@ from pyro_scenes.models.attend import Attend
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.discrete_air import DiscreteAIR, DiscreteAIRConfig
 from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
+from pyro_scenes.objectives import Objective, Schedule
+from pyro_scenes.objectives.base import surrogate
 from pyro_scenes.priors import UniformCount
 from pyro_scenes.scene import Scene
 
@@ -62,8 +65,9 @@ ATTEND = AIRConfig(
 def guide_of_two(model: LAVAE) -> Callable[[Tensor], None]:
     """LAVAE's guide with two objects in every image: without any, most networks are not used."""
     def guide(x: Tensor) -> None:
-        encoded = model.encode(x)
-        model.guide(x, replace(encoded, count=torch.full_like(encoded.count, 2)))
+        with model._pyro_context:  # where Pyro is told of the networks that encode, too
+            encoded = model.encode(x)
+            model.guide(x, replace(encoded, count=torch.full_like(encoded.count, 2)))
     return guide
 
 
@@ -191,7 +195,8 @@ def step(row: Row, model: GenerativeModel, x: Tensor, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    Trace_ELBO().loss_and_grads(model.model, row.guide(model), x)
+    _, loss = surrogate(Trace_ELBO(), model.model, row.guide(model), x)
+    loss.backward()
     optimizer.step()
 
 
@@ -203,6 +208,28 @@ def state(model: GenerativeModel) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_pyros_svi_and_optimisers_train_it_as_torchs_do(row) -> None:
+    """By way of Pyro's store of parameters, which nothing else leaves any in."""
+    model, other = built(row), built(row)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pyro.get_param_store().scope() as store:
+        bounds.iwae(model, images(), 2)
+        model.sample(2)
+        Objective(Schedule(), model, 1).backward(model, images(), 0)
+        model.zero_grad(set_to_none=True)
+        assert not store["params"]
+        adam = pyro.optim.Adam({"lr": 1e-2})
+        torch.manual_seed(0)
+        model.train()
+        SVI(model.model, row.guide(model), adam, Trace_ELBO()).step(images())
+    step(row, other, images())
+    moved = {name for name, value in model.named_parameters()
+             if not torch.equal(value, before[name])}
+    assert moved >= before.keys() - row.unreached.keys()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_every_model_is_in_the_table() -> None:

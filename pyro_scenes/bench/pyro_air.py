@@ -78,9 +78,7 @@ class Theirs:
         self.more = continuing(0.01, net.max_objects)
 
     def step(self) -> None:
-        # Their parameters are the global store's, ours the modules' own.
-        with pyro.settings.context(module_local_params=False):
-            self.svi.step(self.x, batch_size=len(self.x), z_pres_prior_p=self.more.__getitem__)
+        self.svi.step(self.x, batch_size=len(self.x), z_pres_prior_p=self.more.__getitem__)
 
 
 def continuing(ratio: float, limit: int) -> list[float]:

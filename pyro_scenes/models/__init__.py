@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import pyro
+from collections.abc import Callable
 
 from pyro_scenes.models import air, conv_vae, discrete_air, lavae
 from pyro_scenes.models.base import GenerativeModel, SceneModel
 
-# Parameters live in their modules: two models never share any, and torch optimisers apply.
-pyro.settings.set(module_local_params=True)
-
 # name -> (class, network settings by preset, what differs by preset and data set)
-MODELS: dict[str, tuple[type[GenerativeModel], dict, dict]] = {
+MODELS: dict[str, tuple[Callable[..., GenerativeModel], dict, dict]] = {
     "lavae": (lavae.LAVAE, lavae.PRESETS, lavae.SUITED),
     "discrete-air": (discrete_air.DiscreteAIR, discrete_air.PRESETS, discrete_air.SUITED),
     "air": (air.AIR, air.PRESETS, air.SUITED),

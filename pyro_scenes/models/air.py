@@ -253,15 +253,21 @@ class AIR(Attend):
         most = self.likelihood(black).log_prob(black)  # (1,), of an image that the canvas explains
         nothing_more = self.likelihood(canvas).log_prob(left + canvas) - most  # (N,)
         features = torch.cat([h.detach(), nothing_more.unsqueeze(-1) / 100], -1)
+        network = self.baseline  # read here, in the guide, where Pyro sees which parameters it has
 
-        def baseline(features: Tensor) -> Tensor:
-            rest = 100 * self.baseline(features).squeeze(-1)
-            # Of a single image Pyro has a cost without dimensions.
-            return (most + 100 * features[..., -1] + rest).view(lead if lead.numel() > 1 else ())
+        def config(site: dict) -> dict:
+            def baseline(features: Tensor) -> Tensor:
+                rest = 100 * network(features).squeeze(-1)
+                value = (most + 100 * features[..., -1] + rest).view(lead)
+                value = value.expand(site["fn"].batch_shape)  # particles come with the first draw
+                # As Pyro's costs, which have no leading dimensions of a single image or particle.
+                return value.view(value.shape[next(
+                    (i for i, size in enumerate(value.shape) if size > 1), value.dim()
+                ):])
 
-        return poutine.infer_config(config_fn=lambda site: {
-            "baseline": {"nn_baseline": baseline, "nn_baseline_input": features}
-        })
+            return {"baseline": {"nn_baseline": baseline, "nn_baseline_input": features}}
+
+        return poutine.infer_config(config_fn=config)
 
     def choose_likeliest(self, name: str, site, here: Tensor) -> Tensor:
         return (site.probs > 0.5).float() if name.startswith("z_pres") else site.mean

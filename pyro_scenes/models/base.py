@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_scenes.errors import UserError
+from pyro_scenes.machine import own_parameters
 from pyro_scenes.scene import Scene
 
 
@@ -36,6 +37,10 @@ class GenerativeModel(PyroModule):
     autocast: bool = False
     decoders: tuple[str, ...] = ("decoder",)
     rates: tuple[str, ...] = ("all",)
+
+    @own_parameters()  # what it is made with it can be used with, and without
+    def __init__(self) -> None:
+        super().__init__()
 
     def __getattr__(self, name: str) -> Any:
         """A part, of whose parameters Pyro is told once in a trace, not whenever it is read."""
@@ -67,6 +72,7 @@ class GenerativeModel(PyroModule):
         return self.draw(count)[0]
 
     @torch.no_grad()
+    @own_parameters()
     def draw(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The same with the number of objects in each, (count,); None of a model without objects.
         """

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_scenes.data import SceneData
+from pyro_scenes.machine import own_parameters
 from pyro_scenes.models import GenerativeModel
 
 LEAST = 1e-6  # weight of a density: Pyro refuses a scale of 0
@@ -79,6 +80,7 @@ class Objective:
         return figures
 
 
+@own_parameters()
 def surrogate(
     elbo: ELBO, model: Callable, guide: Callable, x: Tensor
 ) -> tuple[float, Tensor]:
