@@ -96,6 +96,10 @@ def estimate(
     :param chunk: most particles times images at a time, to which memory is in proportion; but of
         each image one particle at least. By default what suits the device.
     """
+    if not len(x):
+        raise UserError("there are no images to measure a bound on: give at least 1")
+    if particles < 1:
+        raise UserError(f"a bound takes at least 1 particle, not {particles}")
     running = [_Groups(size, len(x), x.device) for size in sizes(particles)]
     squares = torch.full((len(x),), -math.inf, dtype=torch.double, device=x.device)
     split: dict[str, Tensor] = {}

@@ -111,6 +111,7 @@ def _measured(figures: Mapping[str, dict[str, Any]]) -> str:
     """A table with a row a data set."""
     rows = list(figures.values())
     table = markup.table(report.columns(figures))
+    table += "".join(f"\n<p>{escape(line)}.</p>" for line in report.missing(figures))
     if all(row["nll"] is None for row in rows):
         return table
     return table + (

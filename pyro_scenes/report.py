@@ -101,8 +101,18 @@ def columns(figures: Mapping[str, dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def table(figures: Mapping[str, dict[str, Any]]) -> str:
-    """The same as lines of text."""
-    return _aligned(columns(figures))
+    """The same as lines of text, and why there is no likelihood where there is none."""
+    return "\n".join([_aligned(columns(figures)), *missing(figures)])
+
+
+def missing(figures: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Why rows that were measured with particles have no likelihood, a line for each likelihood."""
+    names = {
+        row["likelihood"] for row in figures.values()
+        if row["particles"] and row["nll_images"] is None
+    }
+    return [f"no -log p(x): the images are grey, and a {name} likelihood is of binary ones"
+            for name in sorted(names)]
 
 
 def likelihood(row: dict[str, Any]) -> str:
@@ -291,6 +301,9 @@ def source(trained: checkpoint.Checkpoint, data: str | None = None) -> str | Sce
 def _own(trained: checkpoint.Checkpoint) -> SceneData:
     """All scenes of the file that a run was trained on, where it lay."""
     data = trained.config.data
+    if not Path(data).exists():
+        raise UserError(f"no data set and no file is called {data!r} any more, as what the run"
+                        " was trained on: bring it back, or say where it is now by --data")
     scenes = load(data)
     if trained.images and trained.images != scenes.digest():
         raise UserError(f"{data} has other images than those that the run was trained on: what it"
@@ -311,9 +324,6 @@ def held_out(
     """
     model, data = trained.model, trained.config.data
     if data not in DATASETS:
-        if not Path(data).exists():
-            raise UserError(f"no data set and no file is called {data!r} any more, as what the run"
-                            " was trained on: bring it back, or say where it is now by --data")
         return {"held out": split_held_out(_own(trained))[1][:images]}
     spec = DATASETS[data]
     low, high = spec.objects

@@ -6,6 +6,7 @@ Coordinates are pixels, x to the right and y down; the pixel in row r and column
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -54,6 +55,15 @@ class Scene:
     def __len__(self) -> int:
         return len(self.present)
 
+    def __getitem__(self, index: slice | Tensor) -> Scene:
+        """Some of the scenes.
+
+        :param index: a slice, or a tensor (K,) of numbers, or (B,) of bool.
+        """
+        if isinstance(index, int):
+            raise TypeError("one scene is a batch of one: scenes[i : i + 1]")
+        return self._each(lambda values: values[index])
+
     @property
     def counts(self) -> Tensor:
         """Objects in each scene, (B,) long."""
@@ -82,9 +92,12 @@ class Scene:
 
     def to(self, device: torch.device | str) -> Scene:
         """The same scenes on another device."""
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Scene:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        changed: dict = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
     @staticmethod
     def concatenate(scenes: list[Scene]) -> Scene:

@@ -96,6 +96,8 @@ def train(
             write_json(out / checkpoint.CONFIG, config.to_dict())
             if kept is not None:  # A process that was killed may have written one file, not both.
                 write_json(out / checkpoint.HISTORY, run.history)
+                if checkpoint.configuration(kept).data != config.data:  # its file was moved
+                    run.save(out)
 
         kept = distributed.shared(enter)
         run = Run(config, device, mnist)
@@ -371,6 +373,9 @@ def _resumable(path: Path, config: RunConfig) -> dict:
     kept = _flat(checkpoint.configuration(content).to_dict())
     now = _flat(config.to_dict())
     changed = sorted({name for name, _ in kept.items() ^ now.items()})
+    images = (content["training"] or {}).get("images")
+    if changed == ["data"] and config.data not in DATASETS and images:
+        changed = []  # a file may have been moved: it is known by its images, see `restore`
     if changed:
         raise UserError(
             f"{path.parent} was trained with other settings ({', '.join(changed)}): resume with"

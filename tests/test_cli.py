@@ -231,6 +231,7 @@ BAD = [
     ("svi-infer run data.npz --out new.json --figure new.txt", "new.txt"),
     ("svi-infer run data.npz", "--out"),
     ("svi-infer run data.npz --seed 0 --out new.json", "--seed"),
+    ("svi-infer run data.npz --data data.npz --out new.json", "--data"),
     ("svi-infer run data.npz --mnist empty --out new.json", "--mnist"),
     ("svi-infer run --out new.json", "IMAGES"),
     ("svi-infer run data.npz --sample 3 --out new.npz", "--sample"),
@@ -374,9 +375,13 @@ def test_priors_are_fitted_to_the_trainings_images_wherever_they_lie(folder: Pat
     evaluated = "svi-eval crowded --prior count=fit --particles 2 --max-objects 99 --nll-images 1"
     Path("data.npz").rename("moved.npz")
     succeeded(f"{evaluated} --data moved.npz")
-    for line in (sampled, f"{evaluated} --data test.npz"):
+    for line in (sampled, f"{sampled} --data test.npz", f"{evaluated} --data test.npz"):
         result = run(line)
         assert result.exit_code == 2 and "'data.npz'" in result.stderr, result.output
+        assert "where it is now by --data" in result.stderr
+    assert not Path("drawn.npz").exists()
+    succeeded(f"{sampled} --data moved.npz")
+    Path("drawn.npz").unlink()
     shutil.copy("test.npz", "data.npz")  # other images of that name
     result = run(sampled)
     assert result.exit_code == 2 and "data.npz has other images" in result.stderr, result.output
@@ -384,6 +389,17 @@ def test_priors_are_fitted_to_the_trainings_images_wherever_they_lie(folder: Pat
     succeeded(f"{evaluated} --data moved.npz")
     Path("moved.npz").replace("data.npz")
     succeeded(sampled)
+
+
+def test_a_run_goes_on_with_its_images_wherever_they_lie(folder: Path) -> None:
+    succeeded(f"{TRAIN} --out parts")
+    one = Path("parts/checkpoint.pt").read_bytes()
+    Path("data.npz").rename("moved.npz")
+    result = run(f"{TRAIN} --out parts --resume".replace("data.npz", "test.npz"))
+    assert result.exit_code == 2 and "test.npz has other images" in result.stderr, result.output
+    assert Path("parts/checkpoint.pt").read_bytes() == one
+    succeeded(f"{TRAIN} --out parts --resume".replace("data.npz", "moved.npz"))
+    assert json.loads(Path("parts/config.json").read_text())["data"] == "moved.npz"
 
 
 def test_a_folder_of_pngs_is_trained_on_and_known_again(folder: Path) -> None:

@@ -277,6 +277,26 @@ def test_inferred_scenes_by_hand() -> None:
     assert (scene.what[~scene.present] == 0).all()
 
 
+def test_an_object_moved_beyond_the_edge_is_cut_there() -> None:
+    """What is drawn on a canvas with room all round, cut to the image."""
+    model = lavae()
+    what = torch.randn(1, 1, model.config.latent)
+    height, width, room = 8, 12, 30
+    with torch.no_grad():
+        sprite = model.sprite_net(what[0]).numpy()[0]  # (3, 5, 5)
+    for column in (-28, -3, -2, -1, 0, 5, 11, 12, 13, 14, 27):
+        for row in (-25, -3, -2, 0, 3, 7, 8, 9, 10, 27):
+            canvas = np.zeros((3, height + 2 * room, width + 2 * room))
+            top, left = row - 2 + room, column - 2 + room
+            canvas[:, top:top + 5, left:left + 5] = sprite
+            where = torch.tensor([[[column + 0.5, row + 0.5]]])
+            scene = Scene(torch.ones(1, 1, dtype=torch.bool), where, torch.zeros(1, 1, 4),
+                          what=what, size=(height, width))
+            with torch.no_grad():
+                found = model.layers(scene)[0, 0].numpy()
+            assert np.allclose(found, canvas[:, room:-room, room:-room], atol=1e-6), (row, column)
+
+
 def test_rendering_is_the_sum_of_sprites() -> None:
     model, x = lavae(), images(2)
     model.location_net = peaks([[(0, 0, 5.0), (1, 2, 4.0), (7, 11, 3.0)], [(4, 6, 3.0)]])

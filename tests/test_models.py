@@ -536,6 +536,34 @@ def test_a_model_without_a_method_says_which(method: str, arguments: int) -> Non
         getattr(kind(), method)(*[torch.zeros(1)] * arguments)
 
 
+def test_images_of_other_values_or_numbers_are_refused(row: Row) -> None:
+    model, x = built(row).eval(), images()
+    for wrong, message in (
+        (255 * x, "from 0 to 255"), (2 * x - 1, "from -1 to 1"), (x / 0, "from nan to nan"),
+        ((255 * x).byte(), "not torch.uint8"), (x.double(), "not torch.float64"),
+    ):
+        for method in (model.reconstruct, getattr(model, "infer", model.reconstruct)):
+            with pytest.raises(UserError, match=message):
+                method(wrong)
+    with pytest.raises(UserError, match="not torch.uint8"):
+        bounds.iwae(model, x.byte(), 2)
+    with pytest.raises(UserError, match="at least 1 particle, not 0"):
+        bounds.iwae(model, x, 0)
+    with pytest.raises(UserError, match="no images"):
+        bounds.iwae(model, x[:0], 2)
+    model.reconstruct(x + 1e-4)  # rounded
+
+
+def test_a_scene_of_another_model_is_refused(row: Row) -> None:
+    model = built(row).eval()
+    if not isinstance(model, SceneModel):
+        return
+    scene = Scene(torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, 2), torch.ones(1, 1, 4),
+                  what=torch.zeros(1, 1, 77))
+    with pytest.raises(UserError, match="pose" if isinstance(model, Attend) else "appearances"):
+        model.render(scene)
+
+
 def test_a_model_of_float64_finds_what_one_of_float32_does(row: Row) -> None:
     model, x = built(row).eval(), images()
     found = model.infer(x, math.inf) if isinstance(model, SceneModel) else model.reconstruct(x)

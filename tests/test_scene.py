@@ -42,6 +42,18 @@ def test_counts_and_length() -> None:
     assert scene().counts.tolist() == [2, 0] and len(scene()) == 2
 
 
+def test_some_scenes_are_picked_by_a_slice_or_a_tensor() -> None:
+    present = torch.tensor([[True, False], [True, True], [False, False]])
+    scenes = Scene(present, torch.rand(3, 2, 2), torch.rand(3, 2, 4), kind=torch.ones(3, 2).long(),
+                   size=(8, 9))
+    for index in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True])):
+        some = scenes[index]
+        assert some.counts.tolist() == [2, 0] and some.size == (8, 9) and some.what is None
+        assert torch.equal(some.where, scenes.where[1:]) and torch.equal(some.kind, scenes.kind[1:])
+    with pytest.raises(TypeError, match="batch of one"):
+        scenes[0]
+
+
 def test_json_has_the_objects_that_are_there_and_round_trips() -> None:
     content = scene().to_json()
     # allow_nan=False: NaN is no JSON, and no reader outside Python takes it.

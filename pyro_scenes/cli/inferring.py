@@ -44,6 +44,8 @@ from pyro_scenes.cli.options import (
 @click.option("--sample", type=click.IntRange(min=1), metavar="N",
               help="Draw N images from the model in place of IMAGES; --seed, --prior and --mnist "
               "go with it.")
+@click.option("--data", metavar="NAME|FILE",
+              help="With --sample and a prior that is fitted: where the run's images are now.")
 @prior_option
 @limit_option
 @seed_option
@@ -52,8 +54,8 @@ from pyro_scenes.cli.options import (
 @force_option
 @version_option
 def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: str | None,
-          sample: int | None, priors: tuple[str, ...], max_objects: int | None, seed: int,
-          device: str, mnist: Path | None, force: bool, **drawings: Path | None) -> None:
+          sample: int | None, data: str | None, priors: tuple[str, ...], max_objects: int | None,
+          seed: int, device: str, mnist: Path | None, force: bool, **drawings: Path | None) -> None:
     """Find the objects in IMAGES (an npz file, or PNG files and folders of them).
 
     CHECKPOINT is a run's folder, a file, or the name of a shipped checkpoint (svi-eval --list).
@@ -69,8 +71,8 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
             "--traverse, --swap, --steps, --tables and --templates need IMAGES")
     if graph and (sample or not out):
         raise click.UsageError("--graph needs IMAGES and --out")
-    if priors and not sample:
-        raise click.UsageError("--prior goes with --sample")
+    if (priors or data) and not sample:
+        raise click.UsageError("--prior and --data go with --sample")
     if sample and max_objects is not None:
         raise click.UsageError("--max-objects goes with IMAGES")
     if images and (given("mnist") or given("seed")):
@@ -88,7 +90,7 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
     model = trained.model
     if sample:
         swapped = swaps.parse(
-            priors, model, lambda: report.source(trained), mnist=mnist, seed=seed
+            priors, model, lambda: report.source(trained, data), mnist=mnist, seed=seed
         )
         with model.priors(**swapped):
             made, counts = pictures.sample_counted(model, sample, seed)

@@ -134,7 +134,7 @@ class Attend(SceneModel):
 
     @torch.no_grad()
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:
-        self.check(x)
+        self.check_values(x)
         # Of no images: as of a blank one, without its scene.
         seen = x if len(x) else x.new_zeros(1, *x.shape[1:])
         found = [
@@ -194,7 +194,8 @@ class Attend(SceneModel):
         return sprites
 
     def layers(self, scene: Scene) -> Tensor:
-        assert scene.pose is not None
+        if scene.pose is None:
+            raise UserError(f"{type(self).__name__} draws objects by pose: the scene has none")
         height, width = scene.size or self.image_shape[1:]
         sprites = self.sprites(scene)
         layers = sprites.new_zeros(*scene.present.shape, self.image_shape[0], height, width)

@@ -16,6 +16,8 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.machine import own_parameters
 from pyro_scenes.scene import Scene
 
+ROUNDED = 1e-3  # so far beyond 0 and 1 a value may be that was rounded, or resampled
+
 
 class GenerativeModel(PyroModule):
     """A generative model of images with its amortised guide.
@@ -113,11 +115,24 @@ class GenerativeModel(PyroModule):
 
     def check(self, x: Tensor) -> None:
         """:raises UserError: if the images do not suit this model."""
+        dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
+        if x.dtype != dtype:
+            raise UserError(f"images are {dtype} from 0 to 1, not {x.dtype}")
         if x.dim() != 4 or x.shape[1] != self.image_shape[0]:
             raise UserError(
                 f"the model reads images of {self.image_shape[0]} channels,"
                 f" not of shape {tuple(x.shape[1:])}"
             )
+
+    def check_values(self, x: Tensor) -> None:
+        """The same, and their values, which a density may be asked of whatever they are.
+
+        :raises UserError: as `check`, and for values beyond 0 and 1, or none.
+        """
+        self.check(x)
+        least, most = x.aminmax() if x.numel() else (0.0, 1.0)
+        if not (least >= -ROUNDED and most <= 1 + ROUNDED):
+            raise UserError(f"images are from 0 to 1, not from {least:g} to {most:g}")
 
     @contextmanager
     def priors(self, **priors: nn.Module) -> Iterator[None]:

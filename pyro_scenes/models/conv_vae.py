@@ -231,6 +231,7 @@ class ConvVAE(GenerativeModel):
         Not f at the mean: among 1,024 numbers no draw is near its mean, and the decoder knows draws
         alone. Where an image is black, the mean is the prior's and f of it may be anything.
         """
+        self.check_values(x)
         if not len(x):
             return torch.zeros_like(x)
         h = self.encode(x)
@@ -251,7 +252,11 @@ class ConvVAE(GenerativeModel):
         super().check(x)
         stride = 2**self.config.grid_stages
         if any(side % stride for side in x.shape[-2:]):
-            raise UserError(f"the sides of an image must be multiples of {stride}")
+            height, width = (side + -side % stride for side in x.shape[-2:])
+            raise UserError(
+                f"the sides of an image must be multiples of {stride}: pad those of"
+                f" {x.shape[-2]} x {x.shape[-1]} pixels to {height} x {width}"
+            )
 
 
 # --- the networks: image -> h(x), of one phase means and log variances; z -> means of pixels ------

@@ -392,6 +392,7 @@ class LAVAE(SceneModel):
     @torch.no_grad()
     def infer(self, x: Tensor, limit: float | None = None) -> Scene:
         """The inferred count, its places from the likeliest on, and the means of z_app."""
+        self.check_values(x)
         encoded = self.encode(x)
         n, logits = encoded.count, self._logits(encoded)
         self.within(n, self.config.max_objects if limit is None else limit)
@@ -412,7 +413,10 @@ class LAVAE(SceneModel):
         return replace(scene, boxes=self._boxes(scene))
 
     def sprites(self, scene: Scene) -> Tensor:
-        assert scene.what is not None
+        if scene.what is None or scene.what.shape[-1] != self.config.latent:
+            raise UserError(
+                f"the scene's appearances are not {self.config.latent} numbers: another model's?"
+            )
         side, channels = self.config.sprite, self.image_shape[0]
         sprites = scene.what.new_zeros(*scene.present.shape, channels, side, side)
         if scene.present.any():
@@ -430,14 +434,18 @@ class LAVAE(SceneModel):
 
     def layers(self, scene: Scene) -> Tensor:
         height, width = scene.size or self.image_shape[1:]
-        row = torch.arange(int(scene.present.sum()), device=scene.where.device)
-        column, line = (scene.where[scene.present].floor().long()).unbind(-1)  # (P,)
-        places = one_hot(line * width + column, height * width)
-        layers = place_sprites(
-            self.sprites(scene)[scene.present], places, row, (len(row), height, width)
-        )
-        shape = *scene.present.shape, self.image_shape[0], height, width
-        result = layers.new_zeros(shape)
+        half = self.config.sprite // 2  # of a sprite: so far beyond the canvas it is seen in part
+        where = scene.where[scene.present].floor() + half  # (P, 2)
+        wide = width + 2 * half, height + 2 * half
+        near = ((where >= 0) & (where < where.new_tensor(wide))).all(-1)  # (P,)
+        column, line = where[near].long().unbind(-1)  # (Q,)
+        sprites = self.sprites(scene)[scene.present]
+        layers = sprites.new_zeros(len(where), sprites.shape[1], height, width)
+        layers[near] = place_sprites(
+            sprites[near], one_hot(line * wide[0] + column, wide[0] * wide[1]),
+            torch.arange(len(line), device=where.device), (len(line), wide[1], wide[0]),
+        )[..., half : half + height, half : half + width]
+        result = layers.new_zeros(*scene.present.shape, *layers.shape[1:])
         result[scene.present] = layers
         return result
 
@@ -457,7 +465,11 @@ class LAVAE(SceneModel):
         stride = int(self.location_net.stride)  # type: ignore[arg-type]
         super().check(x)
         if any(side % stride for side in x.shape[-2:]):
-            raise UserError(f"the sides of an image must be multiples of {stride}")
+            height, width = (side + -side % stride for side in x.shape[-2:])
+            raise UserError(
+                f"the sides of an image must be multiples of {stride}: pad those of"
+                f" {x.shape[-2]} x {x.shape[-1]} pixels to {height} x {width}"
+            )
 
 
 def _present(n: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
