@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyro
 import pytest
 import test_models
 import torch
@@ -43,6 +44,18 @@ def test_every_file_of_the_page_is_there_but_for_the_new_ones() -> None:
     assert "pyro_scenes/priors.py" in files
     missing = {path for path in files if not (Path(__file__).parents[1] / path).is_file()}
     assert not missing
+
+
+def test_the_python_of_the_readme_does_what_it_says() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    with pyro.get_param_store().scope():
+        exec(compile(code, "<README.md>", "exec"), found)
+    assert found["drawn"].shape == (8, 3, 64, 64) and len(found["scenes"]) == 8
+    assert found["bound"].shape == (8,) and found["bound"].isfinite().all()
+    assert found["crowded"].shape == (8, 3, 64, 64) and set(found["counts"].tolist()) <= {4, 5}
+    assert found["loss"] > 0
 
 
 def test_a_model_and_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
