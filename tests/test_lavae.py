@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Predictive
 from torch import Tensor, nn
 
 from pyro_scenes import nets
@@ -275,6 +276,18 @@ def test_inferred_scenes_by_hand() -> None:
         mean = net.head(net.convolutions(crop))[0, :2]
         assert torch.allclose(scene.what[b, slot], mean, atol=1e-6)
     assert (scene.what[~scene.present] == 0).all()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_samples_are_stacked_where_all_objects_have_sites(parallel) -> None:
+    model = lavae()
+    most = model.slots = model.config.max_objects
+    prior = Predictive(poutine.uncondition(model.model), num_samples=9, parallel=parallel)
+    samples = prior(images(1))
+    assert samples["n"].flatten().unique().numel() > 1
+    objects = {f"z_{kind}_{i}" for kind in ("loc", "app") for i in range(most)}
+    assert samples.keys() == {"n", "x"} | objects
+    assert samples["x"].squeeze(1).shape == (9, *images(1).shape[1:])
 
 
 def test_an_object_moved_beyond_the_edge_is_cut_there() -> None:

@@ -179,6 +179,8 @@ class Encoded:
 class LAVAE(SceneModel):
     """See the module's docstring.
 
+    :ivar slots: objects that have sites at least, present or not; beyond them as many as the most
+        of a batch. Pyro's Predictive, which stacks samples, needs ``config.max_objects``.
     :param image_shape: (C, H, W).
     :raises UserError: for sizes that the networks do not accept.
     """
@@ -195,8 +197,8 @@ class LAVAE(SceneModel):
         self.temperature: float | None = None  # of the places' gradient; a training sets it
         self.slope: float | None = None  # limits that gradient, see place_sprites; likewise
         self.reach: int | None = None  # of that gradient round a place, pixels; likewise
-        # Made at least, empty or not: where batch normalisation reads the batches of several
-        # processes, the networks of objects run in all of them, or none. Likewise.
+        # Where batch normalisation reads the batches of several processes, the networks of objects
+        # run in all of them, or none. Likewise.
         self.slots = 0
         for name in ("sprite", "crop", "count_window", "blocked_window"):
             if getattr(config, name) % 2 == 0:
