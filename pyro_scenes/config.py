@@ -110,13 +110,17 @@ class RunConfig:
         return {name: value for name, value in asdict(self).items() if name != "start" or value}
 
     def command(self, seed: int | str) -> str:
-        """What trains such a run, with every setting that is not the preset's."""
+        """What trains such a run, with every setting that is not the preset's.
+
+        Of networks that another run had all: by default they have that one's.
+        """
         usual = make_config(self.model, self.data, self.preset, known=False)
         words = ["bin/svi-train", "--model", self.model, "--data", self.data]
         words += ["--preset", self.preset]
         for part in RunConfig.parts:
             for name, value in vars(getattr(self, part)).items():
-                if value != getattr(getattr(usual, part), name):
+                theirs = self.start and part == "net"
+                if theirs or value != getattr(getattr(usual, part), name):
                     words += ["--set", f"{spelled(self, part, name)}={written(value)}"]
         words += ["--from", self.start] if self.start else []
         return shlex.join([*words, "--seed", str(seed)])

@@ -295,6 +295,9 @@ def source(trained: checkpoint.Checkpoint, data: str | None = None) -> str | Sce
         scenes = load(data, channels=trained.model.image_shape[0])
         if _trained_on(trained, data, scenes):
             return split_held_out(scenes)[0]
+        if not Path(own).exists():
+            raise UserError(f"{data} has other images than those that the run was trained on, which"
+                            f" were in {own!r}: bring that back, or say where it is now")
     return split_held_out(_own(trained))[0]
 
 

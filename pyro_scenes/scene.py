@@ -60,7 +60,7 @@ class Scene:
 
         :param index: a slice, or a tensor (K,) of numbers, or (B,) of bool.
         """
-        if isinstance(index, int):
+        if self.present[index].dim() != 2:
             raise TypeError("one scene is a batch of one: scenes[i : i + 1]")
         return self._each(lambda values: values[index])
 

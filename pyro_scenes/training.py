@@ -306,8 +306,12 @@ class Run:
 
         :raises UserError: if they do not fit.
         """
+        # Read once: with --force it may be what the run takes the place of.
+        state = distributed.shared(
+            lambda: checkpoint.load(self.config.start).model.state_dict()
+        )
         try:
-            self.model.load_state_dict(checkpoint.load(self.config.start).model.state_dict())
+            self.model.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(
                 f"the weights of {self.config.start} do not fit: it has networks of other settings,"

@@ -1,5 +1,6 @@
 """AIR and Discrete-AIR: densities by enumeration, gradients, scenes and trainings by hand."""
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -386,6 +387,22 @@ def test_two_particles_train_as_twice_the_images_do(config, images) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other / 2, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
     assert all(p.grad.any() for p in model.baseline.parameters())
+
+
+def test_a_step_leaves_no_tensors_to_be_collected() -> None:
+    """Closures that refer to themselves keep a step's memory for as long as Python likes."""
+    model = AIR(replace(PLAIN, max_objects=2), SHAPE)
+    objective, x = AIRObjective(AIRSchedule(), model, 10), torch.rand(3, *SHAPE)
+    left = []
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(3):
+            objective.backward(model, x, step)
+            left.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert left[1] == left[2]
 
 
 def test_a_batch_of_one_image_trains_as_others_do() -> None:

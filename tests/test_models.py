@@ -16,6 +16,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from test_conv_vae import informed
@@ -232,6 +233,17 @@ def test_pyros_svi_and_optimisers_train_it_as_torchs_do(row) -> None:
         torch.testing.assert_close(one, two)
 
 
+def test_a_model_inside_another_module_computes(row) -> None:
+    class Outer(PyroModule):
+        def __init__(self, scenes: GenerativeModel):
+            super().__init__()
+            self.scenes = scenes
+
+    outer = Outer(built(row).eval())
+    assert outer.scenes.sample(2).shape == (2, *SHAPE)
+    assert bounds.iwae(outer.scenes, images(), 2).isfinite().all()
+
+
 def test_every_model_is_in_the_table() -> None:
     assert {*MODELS} <= TABLE.keys(), "add a new model to this file's table"
     for name, (kind, presets, _) in MODELS.items():
@@ -351,7 +363,7 @@ def test_pyro_is_told_of_the_same_parameters_and_once_in_a_trace(row, monkeypatc
 
         class Told(Messenger):
             def _pyro_param(self, message: dict) -> None:
-                names[message["name"]] += 1
+                names[message["name"].partition(".")[2]] += 1  # without the model's own
 
         with Told():
             step(row, built(row), images())  # two traces, of guide and model

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,8 +51,10 @@ def test_some_scenes_are_picked_by_a_slice_or_a_tensor() -> None:
         some = scenes[index]
         assert some.counts.tolist() == [2, 0] and some.size == (8, 9) and some.what is None
         assert torch.equal(some.where, scenes.where[1:]) and torch.equal(some.kind, scenes.kind[1:])
-    with pytest.raises(TypeError, match="batch of one"):
-        scenes[0]
+    one: Any
+    for one in (0, np.int64(0), torch.tensor(0)):
+        with pytest.raises(TypeError, match="batch of one"):
+            scenes[one]
 
 
 def test_json_has_the_objects_that_are_there_and_round_trips() -> None:

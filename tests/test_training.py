@@ -198,6 +198,8 @@ def test_a_run_begins_with_the_weights_and_networks_of_another(data, begun, tmp_
     assert all(torch.equal(one[name], two[name]) for name in weights)
     assert not all(torch.equal(one[name], three[name]) for name in weights)
     assert f"--from {begun}" in same.config.command(0)
+    assert "--set latent=3" in same.config.command(0)
+    assert "--set sprite=5" in same.config.command(0)
     assert "--from" not in theirs.config.command(0)
 
 

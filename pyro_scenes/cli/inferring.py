@@ -71,8 +71,10 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
             "--traverse, --swap, --steps, --tables and --templates need IMAGES")
     if graph and (sample or not out):
         raise click.UsageError("--graph needs IMAGES and --out")
-    if (priors or data) and not sample:
-        raise click.UsageError("--prior and --data go with --sample")
+    if priors and not sample:
+        raise click.UsageError("--prior goes with --sample")
+    if data and not priors:
+        raise click.UsageError("--data goes with --sample and --prior")
     if sample and max_objects is not None:
         raise click.UsageError("--max-objects goes with IMAGES")
     if images and (given("mnist") or given("seed")):

@@ -66,9 +66,13 @@ def train(model: str, data: str, preset: str, start: str, steps: int | None, see
         from pyro_scenes import checkpoint
         from pyro_scenes.config import make_config
 
-        # A run that goes on needs no longer what it began with.
-        there = resume and (out / checkpoint.FILE).exists()
-        net = checkpoint.networks(out if there else start, model) if start else None
+        net = None
+        try:
+            net = checkpoint.networks(start, model) if start else None
+        except UserError:  # a run that goes on needs no longer what it began with
+            if not (resume and (out / checkpoint.FILE).exists()):
+                raise
+            net = checkpoint.networks(out, model)
         return make_config(model, data, preset, settings, steps, seed, start=start, net=net)
 
     if list_them:

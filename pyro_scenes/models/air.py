@@ -43,7 +43,8 @@ AIR reads it from x.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyro
@@ -210,8 +211,9 @@ class AIR(Attend):
             h = state[0] if self.peak is None else torch.cat([state[0], seen], -1)
             logit = self.presence_head(h).squeeze(-1).clamp(-LOGIT, LOGIT).view(lead)
             site = dist.Bernoulli(logits=logit)
-            with self._baseline(h, left, canvas, lead):
+            with self._baseline(h, left, canvas, lead) as shape:
                 z_pres = choose(f"z_pres_{t}", site, here)
+                shape.append(z_pres.shape)
             here = here * z_pres
             mean, spread = self.where_head(h).chunk(2, -1)
             if self.peak is not None:
@@ -240,34 +242,38 @@ class AIR(Attend):
                     centres.append(self.pose(z_where.flatten(0, -2))[3])
         return steps
 
-    def _baseline(self, h: Tensor, left: Tensor, canvas: Tensor, lead: torch.Size):
+    @contextmanager
+    def _baseline(
+        self, h: Tensor, left: Tensor, canvas: Tensor, lead: torch.Size
+    ) -> Iterator[list[torch.Size]]:
         """Give the Bernoulli site inside its baseline, for TraceGraph_ELBO: what is to come, nats.
 
-        A site's downstream cost is a log density: the gain of the image is to be expected.
+        A site's downstream cost is a log density: the gain of the image is to be expected. Yields a
+        list for the shape of what is drawn: particles come with the first draw.
 
         :param h: (N, h). :param left: (N, C, H, W), of the image. :param canvas: of its shape.
         """
+        shape: list[torch.Size] = []
         if not torch.is_grad_enabled():  # nothing learns, so no one reads it
-            return nullcontext()
+            yield shape
+            return
         black = torch.zeros_like(canvas[:1])
         most = self.likelihood(black).log_prob(black)  # (1,), of an image that the canvas explains
         nothing_more = self.likelihood(canvas).log_prob(left + canvas) - most  # (N,)
         features = torch.cat([h.detach(), nothing_more.unsqueeze(-1) / 100], -1)
         network = self.baseline  # read here, in the guide, where Pyro sees which parameters it has
 
-        def config(site: dict) -> dict:
-            def baseline(features: Tensor) -> Tensor:
-                rest = 100 * network(features).squeeze(-1)
-                value = (most + 100 * features[..., -1] + rest).view(lead)
-                value = value.expand(site["fn"].batch_shape)  # particles come with the first draw
-                # As Pyro's costs, which have no leading dimensions of a single image or particle.
-                return value.view(value.shape[next(
-                    (i for i, size in enumerate(value.shape) if size > 1), value.dim()
-                ):])
+        def baseline(features: Tensor) -> Tensor:
+            rest = 100 * network(features).squeeze(-1)
+            value = (most + 100 * features[..., -1] + rest).view(lead).expand(shape[0])
+            while value.dim() and len(value) == 1:  # as of a single image Pyro's costs
+                value = value.squeeze(0)
+            return value
 
-            return {"baseline": {"nn_baseline": baseline, "nn_baseline_input": features}}
-
-        return poutine.infer_config(config_fn=config)
+        with poutine.infer_config(config_fn=lambda site: {
+            "baseline": {"nn_baseline": baseline, "nn_baseline_input": features}
+        }):
+            yield shape
 
     def choose_likeliest(self, name: str, site, here: Tensor) -> Tensor:
         return (site.probs > 0.5).float() if name.startswith("z_pres") else site.mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.machine import own_parameters
 from pyro_scenes.scene import Scene
 
-ROUNDED = 1e-3  # so far beyond 0 and 1 a value may be that was rounded, or resampled
+ROUNDED = 1e-3  # so far beyond 0 and 1 a value may be that was rounded
+NUMBERS = itertools.count()  # of models, for their names
 
 
 class GenerativeModel(PyroModule):
@@ -40,9 +42,15 @@ class GenerativeModel(PyroModule):
     decoders: tuple[str, ...] = ("decoder",)
     rates: tuple[str, ...] = ("all",)
 
-    @own_parameters()  # what it is made with it can be used with, and without
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, name: str = "") -> None:
+        """:param name: of its parameters in Pyro's store; by default one that no other model has.
+        """
+        super().__init__(name or f"{type(self).__name__}-{next(NUMBERS)}")
+        _ready(self._pyro_context)
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        super()._pyro_set_supermodule(name, context)
+        _ready(context)
 
     def __getattr__(self, name: str) -> Any:
         """A part, of whose parameters Pyro is told once in a trace, not whenever it is read."""
@@ -115,9 +123,8 @@ class GenerativeModel(PyroModule):
 
     def check(self, x: Tensor) -> None:
         """:raises UserError: if the images do not suit this model."""
-        dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
-        if x.dtype != dtype:
-            raise UserError(f"images are {dtype} from 0 to 1, not {x.dtype}")
+        if not x.is_floating_point():
+            raise UserError(f"images are floats from 0 to 1, not {x.dtype}")
         if x.dim() != 4 or x.shape[1] != self.image_shape[0]:
             raise UserError(
                 f"the model reads images of {self.image_shape[0]} channels,"
@@ -127,12 +134,27 @@ class GenerativeModel(PyroModule):
     def check_values(self, x: Tensor) -> None:
         """The same, and their values, which a density may be asked of whatever they are.
 
-        :raises UserError: as `check`, and for values beyond 0 and 1, or none.
+        :raises UserError: as `check`, for values beyond 0 and 1 or none, and for numbers that are
+            not of the model's kind.
         """
         self.check(x)
+        dtype = next(self.parameters()).dtype
+        if x.dtype != dtype:
+            raise UserError(f"images are {dtype} as the model, not {x.dtype}")
         least, most = x.aminmax() if x.numel() else (0.0, 1.0)
         if not (least >= -ROUNDED and most <= 1 + ROUNDED):
-            raise UserError(f"images are from 0 to 1, not from {least:g} to {most:g}")
+            raise UserError(
+                f"images are from 0 to 1, not from {least:g} to {most:g}: divide or clamp them"
+            )
+
+    def check_sides(self, x: Tensor, stride: int) -> None:
+        """:raises UserError: if the sides of the images are no multiples of the stride."""
+        height, width = (side + -side % stride for side in x.shape[-2:])
+        if (height, width) != x.shape[-2:]:
+            raise UserError(
+                f"the sides of an image must be multiples of {stride}: pad those of"
+                f" {x.shape[-2]} x {x.shape[-1]} pixels to {height} x {width}"
+            )
 
     @contextmanager
     def priors(self, **priors: nn.Module) -> Iterator[None]:
@@ -224,3 +246,9 @@ class SceneModel(GenerativeModel):
             return parts.new_zeros(len(parts), *parts.shape[2:], dtype=torch.long)
         strongest, slot = parts.max(1)
         return torch.where(strongest > threshold, slot + 1, 0)
+
+
+def _ready(context: Any) -> None:
+    """Let what is in a module's context be computed in `own_parameters`, wherever it was made."""
+    if not hasattr(context, "param_state"):
+        context.param_state = {"params": {}, "constraints": {}}

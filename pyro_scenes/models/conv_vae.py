@@ -251,12 +251,7 @@ class ConvVAE(GenerativeModel):
     def check(self, x: Tensor) -> None:
         super().check(x)
         stride = 2**self.config.grid_stages
-        if any(side % stride for side in x.shape[-2:]):
-            height, width = (side + -side % stride for side in x.shape[-2:])
-            raise UserError(
-                f"the sides of an image must be multiples of {stride}: pad those of"
-                f" {x.shape[-2]} x {x.shape[-1]} pixels to {height} x {width}"
-            )
+        self.check_sides(x, stride)
 
 
 # --- the networks: image -> h(x), of one phase means and log variances; z -> means of pixels ------

@@ -466,12 +466,7 @@ class LAVAE(SceneModel):
     def check(self, x: Tensor) -> None:
         stride = int(self.location_net.stride)  # type: ignore[arg-type]
         super().check(x)
-        if any(side % stride for side in x.shape[-2:]):
-            height, width = (side + -side % stride for side in x.shape[-2:])
-            raise UserError(
-                f"the sides of an image must be multiples of {stride}: pad those of"
-                f" {x.shape[-2]} x {x.shape[-1]} pixels to {height} x {width}"
-            )
+        self.check_sides(x, stride)
 
 
 def _present(n: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
