@@ -393,6 +393,17 @@ def test_priors_are_fitted_to_the_trainings_images_wherever_they_lie(folder: Pat
     succeeded(sampled)
 
 
+def test_a_run_goes_on_without_the_one_that_it_began_with(folder: Path) -> None:
+    line = f"{TRAIN} --out parts --from begun"
+    succeeded(f"{TRAIN} --out begun")
+    succeeded(line)
+    shutil.rmtree("begun")
+    succeeded(f"{line} --resume")
+    assert json.loads(Path("parts/config.json").read_text())["start"] == "begun"
+    result = run(f"{line} --force")
+    assert result.exit_code == 2 and "'begun'" in result.stderr, result.output
+
+
 def test_a_run_goes_on_with_its_images_wherever_they_lie(folder: Path) -> None:
     succeeded(f"{TRAIN} --out parts")
     one = Path("parts/checkpoint.pt").read_bytes()

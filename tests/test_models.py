@@ -15,7 +15,7 @@ import pyro.optim
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -231,6 +231,20 @@ def test_pyros_svi_and_optimisers_train_it_as_torchs_do(row) -> None:
     assert moved >= before.keys() - row.unreached.keys()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("row", ["lavae", "conv-vae"], indirect=True)
+def test_tracegraph_elbo_knows_what_depends_on_what(row) -> None:
+    """Where nothing has a score, its gradients are Trace_ELBO's on the same draws."""
+    model = built(row)
+    gradients = []
+    for elbo in (Trace_ELBO(), TraceGraph_ELBO()):
+        model.zero_grad()
+        torch.manual_seed(0)
+        elbo.loss_and_grads(model.model, row.guide(model), images())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
 def test_a_model_inside_another_module_computes(row) -> None:

@@ -414,6 +414,10 @@ def test_bad_settings_are_refused(data, tmp_path, setting, message) -> None:
 def test_a_configuration_survives_json(data) -> None:
     for config in (configured(data), make_config("lavae", data, "paper", ["sprite_hidden=1,2,3"])):
         assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    begun = replace(config, start="runs/one")
+    assert RunConfig.from_dict(json.loads(json.dumps(begun.to_dict()))) == begun != config
+    with pytest.raises(UserError, match="start is a name"):
+        RunConfig.from_dict(config.to_dict() | {"start": 3})
 
 
 def test_what_an_older_configuration_lacks_is_at_its_default(data) -> None:
