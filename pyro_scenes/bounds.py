@@ -96,10 +96,6 @@ def estimate(
     :param chunk: most particles times images at a time, to which memory is in proportion; but of
         each image one particle at least. By default what suits the device.
     """
-    if not len(x):
-        raise UserError("there are no images to measure a bound on: give at least 1")
-    if particles < 1:
-        raise UserError(f"a bound takes at least 1 particle, not {particles}")
     running = [_Groups(size, len(x), x.device) for size in sizes(particles)]
     squares = torch.full((len(x),), -math.inf, dtype=torch.double, device=x.device)
     split: dict[str, Tensor] = {}
@@ -140,8 +136,7 @@ def measure(
     ['reconstruction', 'z_pres', 'z_where', 'z_what']
     """
     device = model.device
-    if not len(data):
-        raise UserError("there are no images to measure a bound on: give at least 1")
+    _check(len(data), particles)
     chunk = chunk or at_a_time(CHUNKS[device.type], *data.shape[:2])
     size = max(1, chunk // particles)
     keep_memory()
@@ -212,9 +207,18 @@ class _Groups:
 def _chunks(
     model: GenerativeModel, x: Tensor, particles: int, chunk: int | None
 ) -> Iterator[dict[str, Tensor]]:
-    step = max(1, (chunk or CHUNKS[x.device.type]) // max(1, len(x)))
+    _check(len(x), particles)
+    step = max(1, (chunk or CHUNKS[x.device.type]) // len(x))
     for start in range(0, particles, step):
         yield _terms(model, x, min(step, particles - start))
+
+
+def _check(images: int, particles: int) -> None:
+    """:raises UserError: if there is nothing to measure a bound on, or with."""
+    if not images:
+        raise UserError("there are no images to measure a bound on: give at least 1")
+    if particles < 1:
+        raise UserError(f"a bound takes at least 1 particle, not {particles}")
 
 
 @own_parameters()

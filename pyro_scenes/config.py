@@ -118,8 +118,8 @@ class RunConfig:
         words = ["bin/svi-train", "--model", self.model, "--data", self.data]
         words += ["--preset", self.preset]
         for part in RunConfig.parts:
+            theirs = self.start and part == "net"
             for name, value in vars(getattr(self, part)).items():
-                theirs = self.start and part == "net"
                 if theirs or value != getattr(getattr(usual, part), name):
                     words += ["--set", f"{spelled(self, part, name)}={written(value)}"]
         words += ["--from", self.start] if self.start else []

@@ -573,17 +573,20 @@ def test_images_of_other_values_or_numbers_are_refused(row: Row) -> None:
                 method(wrong)
     with pytest.raises(UserError, match="not torch.uint8"):
         bounds.iwae(model, x.byte(), 2)
+    for bound in (bounds.iwae, bounds.log_weights):
+        with pytest.raises(UserError, match="at least 1 particle, not 0"):
+            bound(model, x, 0)
+        with pytest.raises(UserError, match="no images"):
+            bound(model, x[:0], 2)
     with pytest.raises(UserError, match="at least 1 particle, not 0"):
-        bounds.iwae(model, x, 0)
-    with pytest.raises(UserError, match="no images"):
-        bounds.iwae(model, x[:0], 2)
+        bounds.measure(model, scenes(), 0)
     model.reconstruct(x + 1e-4)  # rounded
 
 
+@pytest.mark.parametrize("row", SCENES, indirect=True)
 def test_a_scene_of_another_model_is_refused(row: Row) -> None:
     model = built(row).eval()
-    if not isinstance(model, SceneModel):
-        return
+    assert isinstance(model, SceneModel)
     scene = Scene(torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, 2), torch.ones(1, 1, 4),
                   what=torch.zeros(1, 1, 77))
     with pytest.raises(UserError, match="pose" if isinstance(model, Attend) else "appearances"):
