@@ -51,6 +51,7 @@ def ship(
     images: int = 10_000,
     particles: int = 100,
     nll_images: int | None = None,
+    add: bool = False,
     mnist: Path | None = None,
     device: str = "auto",
 ) -> str:
@@ -59,9 +60,11 @@ def ship(
 
     :param runs: finished runs of one command that differ in their seeds alone.
     :param images: test images of each kind. :param nll_images: of those, the likelihood of so many.
+    :param add: give what has that name these seeds too; its weights and its seeds' figures stay.
     :return: the card.
     :raises UserError: if a run is missing, unfinished or not of the same command, a name would
-        lead out of the folder, or files of that name are there that are no checkpoint's.
+        lead out of the folder, or files of that name are there that are no checkpoint's; with
+        ``add``, if nothing has that name, or if its seeds were measured otherwise.
     """
     if Path(name).name != name or name in ("", ".."):
         raise UserError(f"{name!r} is not a name: it has folders in it")
@@ -69,23 +72,29 @@ def ship(
     foreign = next((path for path in others if path.exists()), None)
     if foreign and not (folder / f"{name}.pt").exists():
         raise UserError(f"{foreign} is there already, and of no checkpoint: ship by another name")
+    before = content_of(folder / f"{name}.json") if add else None
+    if before:
+        _measured_alike(before, images, particles, nll_images)
     loaded = [checkpoint.load(run, device) for run in runs]
-    _same_command(loaded)
+    _same_command(loaded, before)
     entries = []
     for trained in loaded:
         checkpoint.rounded(trained.model)  # what is measured is what ships
         entries.append(_measure(trained, images, particles, nll_images, mnist))
-    config = loaded[0].config
-    content = {
-        "name": name,
-        "settings": config.to_dict(),
-        "parameters": sum(p.numel() for p in loaded[0].model.parameters()),
-        "runs": entries,
-    }
+    if before:
+        content = before | {"runs": before["runs"] + entries}
+    else:
+        config = loaded[0].config
+        content = {
+            "name": name,
+            "settings": config.to_dict(),
+            "parameters": sum(p.numel() for p in loaded[0].model.parameters()),
+            "runs": entries,
+        }
+        _draw(folder / f"{name}.png", loaded[0], mnist)
+        model, step = loaded[0].model.cpu(), loaded[0].step
+        checkpoint.save(folder / f"{name}.pt", config, model, step, half=True)
     card = _card(content)
-    _draw(folder / f"{name}.png", loaded[0], mnist)
-    model, step = loaded[0].model.cpu(), loaded[0].step
-    checkpoint.save(folder / f"{name}.pt", config, model, step, half=True)
     write_json(folder / f"{name}.json", content)
     with atomic_write(folder / f"{name}.md") as file:
         file.write(card.encode())
@@ -146,16 +155,29 @@ def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
     plots.save(pictures.inference(model, torch.cat(batches), math.inf), path)
 
 
-def _same_command(loaded: list[Checkpoint]) -> None:
-    first = loaded[0].config.to_dict() | {"seed": None}
+def _measured_alike(before: dict, images: int, particles: int, nll_images: int | None) -> None:
+    figures = next(iter(before["runs"][0]["figures"].values()))
+    kept = figures["images"], figures["particles"], figures["nll_images"]
+    if kept != (images, particles, nll_images or images):
+        raise UserError(
+            f"the seeds of {before['name']} were measured with --images {kept[0]} --particles"
+            f" {kept[1]} --nll-images {kept[2]}: measure those that are added alike"
+        )
+
+
+def _same_command(loaded: list[Checkpoint], before: dict | None) -> None:
+    """:param before: what the runs are added to, if anything."""
+    config = RunConfig.from_dict(before["settings"]) if before else loaded[0].config
+    first, whose = config.to_dict() | {"seed": None}, before["name"] if before else "the first run"
     for trained in loaded:
         if trained.config.to_dict() | {"seed": None} != first:
-            raise UserError(f"{trained.path} was trained with other settings than the first run")
+            raise UserError(f"{trained.path} was trained with other settings than {whose}")
         if trained.config.data not in DATASETS:
             raise UserError("a shipped checkpoint is trained on a registered data set")
         if trained.training is None or trained.step < trained.config.train.steps:
             raise UserError(f"{trained.path} is not a finished run")
-    seeds = [trained.config.seed for trained in loaded]
+    seeds = [run["seed"] for run in before["runs"]] if before else []
+    seeds += [trained.config.seed for trained in loaded]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"of the runs two have the same seed: {', '.join(map(str, seeds))}")
 

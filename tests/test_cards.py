@@ -119,6 +119,42 @@ def test_a_seed_counts_once(runs: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "shipped").exists()
 
 
+def test_a_seed_can_be_added_later(runs: list[Path], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"images": 4, "particles": 2, "device": "cpu"}
+    card = cards.ship("tiny", runs, folder=tmp_path / "both", **asked)
+    cards.ship("tiny", runs[:1], folder=tmp_path / "one", **asked)
+    weights = (tmp_path / "one" / "tiny.pt").read_bytes()
+    assert cards.ship("tiny", runs[1:], folder=tmp_path / "one", add=True, **asked) == card
+    both, one = ((tmp_path / name / "tiny.json").read_text() for name in ("both", "one"))
+    assert one == both and (tmp_path / "one" / "tiny.pt").read_bytes() == weights
+    assert (tmp_path / "one" / "tiny.md").read_text() == card
+
+
+def test_what_cannot_be_added_changes_nothing(runs: list[Path], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"images": 3, "particles": 1, "device": "cpu"}
+    cards.ship("tiny", runs[:1], folder=tmp_path, **asked)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = tmp_path.parent / f"{tmp_path.name}-other"
+    config = make_config("lavae", "multi-dsprites", settings=TINY, steps=1, seed=1)
+    train(config, other, device="cpu", progress=False)
+    for name, run, changed, said in (
+        ("tiny", runs[0], {}, "same seed: 0, 0"),
+        ("tiny", runs[1], {"particles": 2}, "--images 3 --particles 1 --nll-images 3"),
+        ("tiny", runs[1], {"images": 4}, "--images 3 --particles 1 --nll-images 3"),
+        ("tiny", runs[1], {"nll_images": 2}, "--images 3 --particles 1 --nll-images 3"),
+        ("tiny", other, {}, "other settings than tiny"),
+        ("new", runs[1], {}, "new.json"),
+    ):
+        with pytest.raises(UserError, match=said):
+            cards.ship(name, [run], folder=tmp_path, add=True, **asked | changed)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_add_alone_is_refused() -> None:
+    result = CliRunner().invoke(cli.ship, ["--add", "--readme", "README.md"])
+    assert result.exit_code == 2 and "--add is of a NAME and RUNS" in result.output
+
+
 def test_what_was_trained_on_a_file_does_not_ship(tmp_path: Path) -> None:
     save_npz(tmp_path / "mine.npz", load("multi-dsprites", images=20))
     config = make_config("lavae", str(tmp_path / "mine.npz"), settings=TINY, steps=1)

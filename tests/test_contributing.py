@@ -1,6 +1,8 @@
 """The recipes of CONTRIBUTING.md, run as they stand there."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +13,11 @@ import pyro
 import pytest
 import test_models
 import torch
+from click.testing import CliRunner
 from scipy import stats
 
-from pyro_scenes import checkpoint, priors
+from pyro_scenes import checkpoint, cli, priors
+from pyro_scenes.cli.options import EXTENSIONS
 from pyro_scenes.config import make_config
 from pyro_scenes.data import DATASETS, make, save_npz
 from pyro_scenes.evaluate import evaluate
@@ -92,6 +96,60 @@ def test_a_model_and_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert loss[-1] < loss[0]
     model = checkpoint.load(tmp_path / "run").model
     assert evaluate(model, scenes, particles=2, progress=False)["nll"] < loss[0]
+
+
+def test_a_model_in_a_file_of_ones_own(tmp_path: Path) -> None:
+    (line,) = re.findall(r'`(MODELS\["linear"\] = [^`]*)`', PAGE)
+    code = f"{BLOCKS['pyro_scenes/models/linear.py']}\n" \
+        f"from pyro_scenes.models import MODELS\n{line}\n"
+    (tmp_path / "linear.py").write_text(code)
+    save_npz(tmp_path / "mine.npz", make("multi-dsprites", 20))
+    commands = Path(__file__).parents[1] / "bin"
+
+    def ran(name: str, *args: str, file: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(commands / name), *args], cwd=tmp_path, capture_output=True,
+            text=True, env=os.environ | {EXTENSIONS: file},
+        )
+
+    training = ran("svi-train", "--model", "linear", "--data", "mine.npz", "--steps", "2", "--out",
+                   "run", "--set", "batch_size=4", file="linear.py")
+    assert training.returncode == 0, training.stderr
+    measured = ran("svi-eval", "run", "--data", "mine.npz", file="linear.py")
+    assert measured.returncode == 0 and "-log p(x) <=" in measured.stdout
+    without = ran("svi-eval", "run", "--data", "mine.npz", file="")
+    assert without.returncode == 2 and "no model is called 'linear'" in without.stderr
+
+
+@pytest.mark.parametrize(
+    "name, code, said",
+    [
+        ("nowhere.py", None, "nowhere.py, which is no file of Python"),
+        ("mine.txt", "", "mine.txt, which is no file of Python"),
+        ("json.py", "", "another module is called json"),
+        ("broken.py", "x = 1\nx.y\n", "broken.py, line 2: AttributeError: 'int' object has"),
+        ("unread.py", "x =\n", "unread.py: SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_told(
+    name: str, code: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code is not None:
+        (tmp_path / name).write_text(code)
+    monkeypatch.setenv(EXTENSIONS, str(tmp_path / name))
+    result = CliRunner().invoke(cli.evaluate, ["--list"])
+    assert result.exit_code == 2 and said in result.output
+    assert result.output.count("\n") == 1 and "broken" not in sys.modules
+
+
+def test_a_file_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, told = tmp_path / "runs_once.py", tmp_path / "told"
+    file.write_text(f"with open({str(told)!r}, 'a') as told:\n    told.write('ran ')\n")
+    monkeypatch.setenv(EXTENSIONS, os.pathsep.join([str(file), str(file)]))
+    for _ in range(2):
+        assert CliRunner().invoke(cli.evaluate, ["--list"]).exit_code == 0
+    assert told.read_text() == "ran "
+    monkeypatch.delitem(sys.modules, "runs_once")
 
 
 def test_a_prior(monkeypatch: pytest.MonkeyPatch) -> None:

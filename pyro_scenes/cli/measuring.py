@@ -226,6 +226,8 @@ def bench(quick: bool, out: Path | None, readme: Path | None, figure: Path | Non
 @click.option("--particles", metavar="K", type=click.IntRange(min=1), default=100,
               show_default=True)
 @nll_option
+@click.option("--add", is_flag=True,
+              help="Add RUNS to the seeds of NAME, whose weights and figures stay.")
 @click.option("--out", type=FILE, metavar="DIR", help="Default: inside the package.")
 @click.option("--readme", type=FILE, metavar="FILE",
               help="Put a table of all that has shipped into a page, and write the cards anew.")
@@ -233,13 +235,15 @@ def bench(quick: bool, out: Path | None, readme: Path | None, figure: Path | Non
 @device_option
 @version_option
 def ship(name: str | None, runs: tuple[Path, ...], images: int, particles: int,
-         nll_images: int | None, out: Path | None, readme: Path | None, mnist: Path | None,
-         device: str) -> None:
+         nll_images: int | None, add: bool, out: Path | None, readme: Path | None,
+         mnist: Path | None, device: str) -> None:
     """Measure RUNS, one command's seeds, and ship the first one's weights as NAME with a card."""
     from pyro_scenes import cards, report
 
     if bool(name) != bool(runs) or not (name or readme):
         raise click.UsageError("give a NAME and RUNS, or --readme, or both")
+    if add and not name:
+        raise click.UsageError("--add is of a NAME and RUNS")
     if readme and out:
         raise click.UsageError("--readme is of what the package ships: leave --out out")
     if readme:
@@ -248,7 +252,8 @@ def ship(name: str | None, runs: tuple[Path, ...], images: int, particles: int,
         report.claim([out / name] if out else [], [], force=True)
         folder = {"folder": out} if out else {}
         click.echo(cards.ship(name, list(runs), images=images, particles=particles,
-                              nll_images=nll_images, mnist=mnist, device=device, **folder))
+                              nll_images=nll_images, add=add, mnist=mnist, device=device,
+                              **folder))
     if readme:
         cards.rewrite()
         report.insert(readme, "svi-ship", cards.table())
