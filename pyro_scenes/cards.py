@@ -9,7 +9,9 @@ import math
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from pyro_scenes import checkpoint, pictures, plots, tables
@@ -24,6 +26,7 @@ from pyro_scenes.report import CROWDED_LABEL, held_out
 # A seed has succeeded if so many of its counts are right, on scenes like those of its training.
 SUCCESS = 0.9
 DRAWN = 6  # scenes in the picture
+ENTRY = {"seed", "steps", "training_seconds", "machine", "figures"}  # of each run
 # Columns of a card where they apply: heading, figure, digits.
 COLUMNS = (
     ("count right", "count_accuracy", 4),
@@ -74,6 +77,8 @@ def ship(
         raise UserError(f"{foreign} is there already, and of no checkpoint: ship by another name")
     before = content_of(folder / f"{name}.json") if add else None
     if before:
+        if not (folder / f"{name}.png").is_file():
+            raise UserError(f"{name}.png is missing: ship all seeds anew, without --add")
         _measured_alike(before, images, particles, nll_images)
     loaded = [checkpoint.load(run, device) for run in runs]
     _same_command(loaded, before)
@@ -82,6 +87,8 @@ def ship(
         checkpoint.rounded(trained.model)  # what is measured is what ships
         entries.append(_measure(trained, images, particles, nll_images, mnist))
     if before:
+        if any(entry["figures"].keys() != before["runs"][0]["figures"].keys() for entry in entries):
+            raise UserError(f"the seeds of {name} were measured on other scenes than those of now")
         content = before | {"runs": before["runs"] + entries}
     else:
         config = loaded[0].config
@@ -110,7 +117,20 @@ def rewrite(folder: Path = checkpoint.SHIPPED) -> None:
 
 def content_of(path: Path) -> dict:
     """What a card is made from. :raises UserError: if it is not there or damaged."""
-    return read_json(path, ("name", "settings", "parameters", "runs"))
+    content = read_json(path, ("name", "settings", "parameters", "runs"))
+    runs = content["runs"]
+    if not (isinstance(runs, list) and runs and all(_is_entry(run) for run in runs)
+            and all(run["figures"].keys() == runs[0]["figures"].keys() for run in runs)):
+        raise UserError(f"{path} is not what it should be (its runs): remove it, or get it again")
+    return content
+
+
+def _is_entry(run: Any) -> bool:
+    """Whether it may be what `_measure` has written."""
+    return (
+        isinstance(run, dict) and ENTRY <= run.keys() and isinstance(run["figures"], dict)
+        and bool(run["figures"]) and all(isinstance(v, dict) for v in run["figures"].values())
+    )
 
 
 def table(folder: Path = checkpoint.SHIPPED) -> str:
@@ -149,19 +169,24 @@ def _draw(path: Path, trained: Checkpoint, mnist: Path | None) -> None:
     sets = held_out(trained, 40, mnist)
     batches = []
     for i, data in enumerate(sets.values()):
-        assert data.counts is not None
         number = 2 if i else DRAWN - 2 * (len(sets) - 1)
-        batches.append(data.batch(data.counts.nonzero()[0][:number]))
+        full = np.arange(len(data)) if data.counts is None else data.counts.nonzero()[0]
+        batches.append(data.batch(full[:number]))
     plots.save(pictures.inference(model, torch.cat(batches), math.inf), path)
 
 
 def _measured_alike(before: dict, images: int, particles: int, nll_images: int | None) -> None:
     figures = next(iter(before["runs"][0]["figures"].values()))
-    kept = figures["images"], figures["particles"], figures["nll_images"]
-    if kept != (images, particles, nll_images or images):
+    kept = {key: figures.get(key) for key in ("images", "particles", "nll_images")}
+    some = min(nll_images or images, images)
+    asked = {"images": images, "particles": particles, "nll_images": some}
+    if figures.get("nll") is None:  # there is no density of such images
+        kept["nll_images"] = asked["nll_images"]
+    if kept != asked:
         raise UserError(
-            f"the seeds of {before['name']} were measured with --images {kept[0]} --particles"
-            f" {kept[1]} --nll-images {kept[2]}: measure those that are added alike"
+            f"the seeds of {before['name']} were measured with --images {kept['images']}"
+            f" --particles {kept['particles']} --nll-images {kept['nll_images']}: measure those"
+            " that are added alike"
         )
 
 
@@ -194,7 +219,7 @@ def _measure(
     name = f"figures-{images}-{nll_images or images}x{particles}-{weights}.json"
     kept = trained.path.parent / name
     if kept.exists():
-        return read_json(kept, ("seed", "steps", "training_seconds", "machine", "figures"))
+        return read_json(kept, ENTRY)
     assert trained.training is not None
     entry = {
         "seed": trained.config.seed,
@@ -284,6 +309,7 @@ def _measured(label: str, figures: dict) -> str:
 def correspondence(content: dict, figures: list[dict]) -> str:
     """Category correspondence over seeds, and how many categories there are if more than labels."""
     text, settings = tables.spread(figures, "category_correspondence", 4), content["settings"]
-    classes, labels = settings["net"].get("classes", 0), DATASETS[settings["data"]].class_names
-    more = text != "-" and classes > len(labels)
+    classes, spec = settings["net"].get("classes", 0), DATASETS.get(settings["data"])
+    labels = spec.class_names if spec else ()  # one's own, of a file that is not imported now
+    more = text != "-" and classes > len(labels) > 0
     return f"{text} ({classes} categories for {len(labels)})" if more else text

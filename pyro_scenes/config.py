@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pyro_scenes import extensions
 from pyro_scenes.data import DATASETS
 from pyro_scenes.errors import UserError, reason
 from pyro_scenes.models import MODELS
@@ -180,7 +181,10 @@ def make_config(
     :raises UserError: on unknown names and values of the wrong type or size.
     """
     if model not in MODELS:
-        raise UserError(f"no model is called {model!r:.60}; there are {', '.join(MODELS)}")
+        raise UserError(
+            f"no model is called {model!r:.60}; there are {', '.join(MODELS)}, and those of the"
+            f" files that {extensions.VARIABLE} names"
+        )
     _, presets, suited = MODELS[model]
     if preset not in presets:
         raise UserError(f"{model} has no preset {preset!r:.60}; it has {', '.join(presets)}")
@@ -188,7 +192,7 @@ def make_config(
         raise UserError(
             f"no data set and no file is called {data!r}; the data sets are {', '.join(DATASETS)}"
         )
-    train = TRAINING[model][preset] if model in TRAINING else TrainConfig()
+    train = TRAINING.get(model, {}).get(preset, TrainConfig())
     config = RunConfig(
         model, data, preset, seed, train, schedule(model, preset), presets[preset], start
     )
@@ -207,13 +211,21 @@ def make_config(
 def _check_sizes(config: RunConfig) -> None:
     """:raises UserError: for settings that are too small or too large, or none of a few names."""
     for part in RunConfig.parts:
+        kinds = _kinds(getattr(config, part).__class__)
+        own = getattr(config, part).__class__.__module__.split(".")[0] == __name__.split(".")[0]
         for name, value in vars(getattr(config, part)).items():
-            if value not in CHOICES.get(name, (value,)):
+            if not _suits(value, kinds[name]):
+                raise UserError(
+                    f"{name} is {value!r:.60}: a setting is a bool, an int or float that is not"
+                    " negative, a str, or a tuple of one of these, as its class says"
+                )
+            # What another's class calls by the same name may be another thing.
+            if own and value not in CHOICES.get(name, (value,)):
                 raise UserError(f"{name} must be one of {', '.join(CHOICES[name])}")
             numbers = value if isinstance(value, tuple) else (value,)
             if isinstance(value, str) or not numbers:
                 continue
-            least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
+            least, most = (LEAST.get(name, 0), MOST.get(name, math.inf)) if own else (0, math.inf)
             if part == "net" and all(type(number) is int for number in numbers):
                 most = min(most, LARGEST)
             if min(numbers) < least:

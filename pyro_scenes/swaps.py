@@ -11,6 +11,7 @@ the aggregate posterior of n, the mean of q(n | x) over those scenes, see `prior
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,11 @@ def parse(
             priors.presence_logits(made["count"](), model.steps)  # says so if that cannot be
         unfitted = {k: v for k, v in made.items() if isinstance(v, priors.Fitted)}
         if unfitted:
-            assert isinstance(model, SceneModel)
+            if not isinstance(model, SceneModel) or not unfitted.keys() <= {"count", "appearance"}:
+                raise UserError(
+                    f"{' '.join(texts)}: what is fitted is a prior of the count or appearance of"
+                    " objects"
+                )
             wanted = max(prior.scenes for prior in unfitted.values())
             found = look(model, _scenes(data, wanted, mnist, texts), progress)
         for name, prior in unfitted.items():
@@ -106,8 +111,10 @@ def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
             trace = poutine.trace(model.guide).get_trace(x)
             counts.append(model.counts(trace))
             for name, site in trace.nodes.items():
-                if name.startswith(f"{model.appearance_site}_"):
-                    here = site["mask"]  # (B,), where there is such an object
+                if re.sub(r"_\d+$", "", name) == model.appearance_site:
+                    here = site["mask"]  # (B,), where there is such an object; else in all images
+                    if not isinstance(here, Tensor):
+                        here = torch.ones(site["fn"].batch_shape, dtype=torch.bool)
                     means.append(site["fn"].mean[here])
                     scales.append(site["fn"].variance.sqrt()[here])
             bar.update(len(x))

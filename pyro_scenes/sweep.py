@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pyro_scenes import checkpoint, report, tables, training
+from pyro_scenes import checkpoint, extensions, report, tables, training
 from pyro_scenes.config import RunConfig, find, make_config, spelled
 from pyro_scenes.data import DATASETS, load
 from pyro_scenes.errors import UserError
@@ -162,6 +162,7 @@ def _digest(data: str) -> str:
 
 def run_cell(cell: Cell) -> None:
     """Train one cell from where it is, and measure it; in any process, on any machine."""
+    extensions.run()
     out, mnist = Path(cell.out), Path(cell.mnist) if cell.mnist else None
     config = cell.config()
     training.train(config, out, resume=True, device=cell.device, mnist=mnist, progress=False)

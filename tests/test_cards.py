@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from pyro_scenes import cards, checkpoint, cli, report, suite, tables
 from pyro_scenes.config import make_config
-from pyro_scenes.data import load, save_npz
+from pyro_scenes.data import DATASETS, load, save_npz
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.models import GenerativeModel, SceneModel
@@ -148,6 +148,85 @@ def test_what_cannot_be_added_changes_nothing(runs: list[Path], tmp_path: Path) 
         with pytest.raises(UserError, match=said):
             cards.ship(name, [run], folder=tmp_path, add=True, **asked | changed)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def entry(seed: int, **changed) -> dict:
+    figures = {"images": 20, "particles": 2, "nll_images": 20, "nll": 1.0}
+    measured = {"seed": seed, "steps": 2, "training_seconds": 3, "machine": "a cpu"}
+    return measured | {"figures": {OWN: figures}} | changed
+
+
+@pytest.mark.parametrize("nll, kept, asked, alike", [
+    (1.0, 20, None, True), (1.0, 20, 20, True), (1.0, 20, 50, True), (1.0, 20, 10, False),
+    (1.0, 10, 10, True), (1.0, 10, None, False),
+    (None, None, None, True), (None, None, 10, True),  # images of which there is no density
+])
+def test_which_measures_are_alike(nll, kept, asked, alike) -> None:
+    before = {"name": "tiny", "runs": [entry(0)]}
+    before["runs"][0]["figures"][OWN] |= {"nll": nll, "nll_images": kept}
+    if alike:
+        cards._measured_alike(before, 20, 2, asked)
+    else:
+        with pytest.raises(UserError, match=f"--images 20 --particles 2 --nll-images {kept}"):
+            cards._measured_alike(before, 20, 2, asked)
+
+
+@pytest.mark.parametrize("damaged", [
+    [], {}, "runs", [1], [{}], [entry(0, figures={})], [entry(0, figures=[1])],
+    [entry(0, figures={OWN: None})], [entry(0), entry(1, figures={CROWDED: {}})],
+])
+def test_a_damaged_card_is_told(damaged: Any, runs: list[Path], tmp_path: Path) -> None:
+    cards.ship("tiny", runs[:1], folder=tmp_path, images=2, particles=1, device="cpu")
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"runs": damaged}))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"tiny.json is not what it should be \(its runs\)"):
+        cards.ship("tiny", runs[1:], folder=tmp_path, images=2, particles=1, add=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("ending, said", [
+    (".pt", "of no checkpoint"), (".png", "tiny.png is missing: ship all seeds anew"),
+])
+def test_seeds_are_not_added_to_what_is_not_whole(
+    ending: str, said: str, runs: list[Path], tmp_path: Path
+) -> None:
+    cards.ship("tiny", runs[:1], folder=tmp_path, images=2, particles=1, device="cpu")
+    (tmp_path / f"tiny{ending}").unlink()
+    with pytest.raises(UserError, match=said):
+        cards.ship("tiny", runs[1:], folder=tmp_path, images=2, particles=1, add=True)
+
+
+def test_seeds_of_other_scenes_are_not_added(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"folder": tmp_path, "images": 2, "particles": 1, "device": "cpu"}
+    cards.ship("tiny", runs[:1], **asked)
+    before = (tmp_path / "tiny.json").read_bytes()
+    held_out = cards.held_out
+    only = {"held_out": lambda *given: dict(list(held_out(*given).items())[:1])}
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run, ignore=shutil.ignore_patterns("figures-*"))
+    monkeypatch.setattr(cards, "held_out", only["held_out"])
+    with pytest.raises(UserError, match="measured on other scenes than those of now"):
+        cards.ship("tiny", [run], add=True, **asked)
+    assert (tmp_path / "tiny.json").read_bytes() == before
+
+
+def test_scenes_without_counts_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = DATASETS["multi-dsprites"]
+
+    def pixels_alone(*given: Any) -> dict:
+        return {"pixels": spec.scenes(*given)["pixels"]}
+
+    alone = replace(spec, name="alone", scenes=pixels_alone, crowded=False)
+    monkeypatch.setitem(DATASETS, "alone", alone)
+    config = make_config("lavae", "alone", settings=TINY, steps=1)
+    train(config, tmp_path / "run", device="cpu", progress=False)
+    cards.ship("tiny", [tmp_path / "run"], folder=tmp_path, images=8, particles=1, device="cpu")
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.delitem(DATASETS, "alone")
+    assert "| [tiny](" in cards.table(tmp_path)  # where it is not registered, too
 
 
 def test_add_alone_is_refused() -> None:

@@ -1,15 +1,18 @@
 """Settings by name: which part they are of, what they are, and which values they take."""
 
-from dataclasses import fields, make_dataclass
+import math
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from click.testing import CliRunner
 
 from pyro_scenes import cli, sweep
-from pyro_scenes.config import CHOICES, RunConfig, find, make_config, settings, spelled
+from pyro_scenes.config import CHOICES, RunConfig, TrainConfig, find, make_config, settings, spelled
 from pyro_scenes.errors import UserError
 from pyro_scenes.models import MODELS
+from pyro_scenes.objectives.lavae import LAVAESchedule
 from pyro_scenes.training import OPTIMIZERS
 
 COMMON = {"data": "multi-dsprites", "preset": "fast", "steps": None, "settings": (), "images": 2,
@@ -78,6 +81,37 @@ def test_settings_without_a_source_are_listed_without_words(monkeypatch) -> None
     assert settings(make_config("written", "multi-dsprites"))["net"] == {"latent": (3, "")}
     with pytest.raises(UserError, match="no setting is called 'nope'; there are steps"):
         make_config("written", "multi-dsprites", settings=["nope=1"])
+
+
+@pytest.mark.parametrize("kind, value", [
+    (Literal["a", "b"], "a"), (float | None, 2.0), (float | None, None), (int, 2.5), (int, -1),
+    (float, math.inf), (str, None), (tuple[int, ...], (1, 2.5)),
+])
+def test_a_setting_that_could_not_be_read_again_is_refused(kind, value, monkeypatch) -> None:
+    written = make_dataclass("Written", [("odd", kind, value)], frozen=True)
+    monkeypatch.setitem(MODELS, "written", (None, {"fast": written()}, {}))
+    with pytest.raises(UserError, match="odd is .*: a setting is a bool, an int or float"):
+        make_config("written", "multi-dsprites")
+
+
+def test_limits_are_of_the_packages_own_settings(monkeypatch) -> None:
+    kinds = [("window", int, 5), ("looks", int, 1000), ("optimizer", str, "mine")]
+    written = make_dataclass("Written", kinds, frozen=True)
+    monkeypatch.setitem(MODELS, "written", (None, {"fast": written()}, {}))
+    config = make_config("written", "multi-dsprites", settings=["window=3"])
+    assert (config.net.window, config.net.looks, config.net.optimizer) == (3, 1000, "mine")
+    for setting in ("train.optimizer=mine", "train.batch_size=0", f"window={2**17}"):
+        with pytest.raises(UserError, match="must be"):
+            make_config("written", "multi-dsprites", settings=[setting])
+
+
+def test_a_preset_without_rows_has_the_defaults(monkeypatch) -> None:
+    model, presets, suited = MODELS["lavae"]
+    changed = presets | {"big": replace(presets["fast"], latent=99)}
+    monkeypatch.setitem(MODELS, "lavae", (model, changed, suited))
+    config = make_config("lavae", "multi-dsprites", "big")
+    assert config.net.latent == 99
+    assert (config.train, config.schedule) == (TrainConfig(), LAVAESchedule())
 
 
 def test_settings_are_shown_as_the_command_has_them(tmp_path: Path, monkeypatch) -> None:

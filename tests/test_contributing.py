@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from scipy import stats
 
 from pyro_scenes import checkpoint, cli, priors
-from pyro_scenes.cli.options import EXTENSIONS
 from pyro_scenes.config import make_config
 from pyro_scenes.data import DATASETS, make, save_npz
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.extensions import VARIABLE
 from pyro_scenes.models import MODELS
 from pyro_scenes.training import train
 
@@ -109,7 +109,7 @@ def test_a_model_in_a_file_of_ones_own(tmp_path: Path) -> None:
     def ran(name: str, *args: str, file: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, str(commands / name), *args], cwd=tmp_path, capture_output=True,
-            text=True, env=os.environ | {EXTENSIONS: file},
+            text=True, env=os.environ | {VARIABLE: file},
         )
 
     training = ran("svi-train", "--model", "linear", "--data", "mine.npz", "--steps", "2", "--out",
@@ -119,6 +119,10 @@ def test_a_model_in_a_file_of_ones_own(tmp_path: Path) -> None:
     assert measured.returncode == 0 and "-log p(x) <=" in measured.stdout
     without = ran("svi-eval", "run", "--data", "mine.npz", file="")
     assert without.returncode == 2 and "no model is called 'linear'" in without.stderr
+    assert f"those of the files that {VARIABLE} names" in without.stderr
+    swept = ran("svi-sweep", "--model", "linear", "--data", "mine.npz", "--steps", "2", "--seeds",
+                "0", "--set", "batch_size=4", "--out", "swept", file="linear.py")
+    assert swept.returncode == 0, swept.stdout + swept.stderr
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,8 @@ def test_a_model_in_a_file_of_ones_own(tmp_path: Path) -> None:
         ("nowhere.py", None, "nowhere.py, which is no file of Python"),
         ("mine.txt", "", "mine.txt, which is no file of Python"),
         ("json.py", "", "another module is called json"),
+        ("tabnanny.py", "", "another module is called tabnanny"),  # that nothing has imported
+        ("ends.py", "import sys\nsys.exit()\n", "ends.py, line 2: SystemExit"),
         ("broken.py", "x = 1\nx.y\n", "broken.py, line 2: AttributeError: 'int' object has"),
         ("unread.py", "x =\n", "unread.py: SyntaxError: invalid syntax"),
     ],
@@ -136,7 +142,7 @@ def test_a_file_that_cannot_be_run_is_told(
 ) -> None:
     if code is not None:
         (tmp_path / name).write_text(code)
-    monkeypatch.setenv(EXTENSIONS, str(tmp_path / name))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / name))
     result = CliRunner().invoke(cli.evaluate, ["--list"])
     assert result.exit_code == 2 and said in result.output
     assert result.output.count("\n") == 1 and "broken" not in sys.modules
@@ -145,7 +151,7 @@ def test_a_file_that_cannot_be_run_is_told(
 def test_a_file_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, told = tmp_path / "runs_once.py", tmp_path / "told"
     file.write_text(f"with open({str(told)!r}, 'a') as told:\n    told.write('ran ')\n")
-    monkeypatch.setenv(EXTENSIONS, os.pathsep.join([str(file), str(file)]))
+    monkeypatch.setenv(VARIABLE, os.pathsep.join([str(file), str(file)]))
     for _ in range(2):
         assert CliRunner().invoke(cli.evaluate, ["--list"]).exit_code == 0
     assert told.read_text() == "ran "

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "pyro_scenes"
 LAYERS = {
     "errors": -2, "limits": -1,
     "machine": 0, "scene": 0, "spatial": 0, "affine": 0, "distributions": 0, "files": 0,
-    "pickles": 0, "distributed": 0, "tables": 0,
+    "pickles": 0, "distributed": 0, "tables": 0, "extensions": 0,
     "nets": 1, "priors": 1, "likelihoods": 1, "metrics": 1, "plots": 1, "graph": 1,
     "attention": 1,
     "data": 1,

@@ -1,11 +1,13 @@
 """The plain objective, by which a model is trained that is registered and no more."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_scenes import checkpoint
 from pyro_scenes.config import TrainConfig, make_config
@@ -37,6 +39,27 @@ def test_its_gradient_is_that_of_minus_the_elbo_of_an_image(model: ConvVAE) -> N
     expected = torch.autograd.grad(loss, list(model.parameters()))
     assert figures == {"loss": pytest.approx(loss.item(), rel=1e-5)}
     torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("particles, elbo", [
+    (1, TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)),
+    (3, Trace_ELBO(num_particles=3)),
+])
+def test_an_objective_may_have_another_elbo(particles: int, elbo: Any, model: ConvVAE) -> None:
+    """Of a model without enumeration it is the mean over draws of what one draw has."""
+    x = (torch.rand(5, *SHAPE) < 0.3).float()
+    objective, parameters = Objective(Schedule(), model, 10), list(model.parameters())
+    torch.manual_seed(1)
+    losses = [objective.loss(model, x, 0) for _ in range(particles)]
+    mean = torch.stack([loss for loss, _ in losses]).mean()
+    expected = torch.autograd.grad(mean, parameters)
+    figure = np.mean([figures["loss"] for _, figures in losses])
+    objective.elbo = elbo
+    torch.manual_seed(1)
+    loss, figures = objective.loss(model, x, 0)
+    assert figures["loss"] == pytest.approx(figure, rel=1e-4)
+    found = torch.autograd.grad(loss, parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_its_learning_rate_rises_and_falls(model: ConvVAE) -> None:

@@ -6,6 +6,7 @@ The masses of the counts that models start with are in test_distributions.py and
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 from pyro import poutine
 from pyro.distributions import transforms
+from pyro.nn import pyro_method
 from scipy import stats
 from scipy.special import logsumexp
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from pyro_scenes.config import make_config
 from pyro_scenes.data import SceneData, load, load_npz, save_npz
 from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
+from pyro_scenes.models import SceneModel
 from pyro_scenes.models.air import AIR, AIRConfig
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.discrete_air import DiscreteAIR, DiscreteAIRConfig
@@ -38,6 +41,7 @@ from pyro_scenes.priors import (
     Fitted,
     Flow,
     GaussianMixture,
+    Kind,
     StandardNormal,
     UniformCount,
     make,
@@ -471,6 +475,46 @@ def test_a_prior_is_fitted_where_nothing_else_learns(kind: str) -> None:
     without = parse(f"appearance={kind}", model=model, data=dots(COUNTS))["appearance"]
     for one, other in zip(within.parameters(), without.parameters(), strict=True):
         assert torch.equal(one, other) and not one.is_inference()
+
+
+class One(SceneModel):
+    """One object an image, whose appearance is at a site without a number."""
+
+    appearance_site = "z_what"
+
+    def __init__(self, masked: bool):
+        super().__init__()
+        self.masked, self.image_shape, self.mean = masked, SHAPE, nn.Parameter(torch.zeros(()))
+        self.appearance_prior = StandardNormal(2)
+
+    @pyro_method
+    def guide(self, x: Tensor) -> None:
+        masked = poutine.mask(mask=True) if self.masked else nullcontext()
+        with pyro.plate("images", len(x), dim=-1), masked:
+            mean = torch.arange(2.0 * len(x)).view(-1, 2) + self.mean
+            pyro.sample("z_what", dist.Normal(mean, 0.5).to_event(1))
+            pyro.sample("z_whatever", dist.Normal(mean, 0.5).to_event(1))
+
+    def counts(self, trace: poutine.Trace) -> Tensor:
+        return torch.ones(len(trace.nodes["z_what"]["value"]), dtype=torch.long)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_object_in_each_image_needs_neither_number_nor_mask(masked: bool) -> None:
+    seen = swaps.look(One(masked), dots(COUNTS), progress=False)
+    assert seen.means.tolist() == [[2.0 * i, 2.0 * i + 1] for i in range(len(COUNTS))]
+    assert (seen.scales == 0.5).all() and seen.counts.tolist() == [1] * len(COUNTS)
+
+
+def test_nothing_else_is_fitted(monkeypatch) -> None:
+    kinds = {"mix": Kind("mix:2", lambda text, size: GaussianMixture(size, int(text)))}
+    for name in ("where", "latent"):
+        monkeypatch.setitem(priors.PRIORS, name, kinds)
+    model, vae = One(False), ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)
+    model.where_prior, vae.latent_prior = StandardNormal(2), StandardNormal(2)
+    for text, of in (("where=mix:2", model), ("latent=mix:2", vae)):
+        with pytest.raises(UserError, match=f"{text}: what is fitted is a prior of the count or"):
+            parse(text, model=of, data=dots(COUNTS))
 
 
 def test_an_appearance_is_not_fitted_to_nothing() -> None:

@@ -1,25 +1,20 @@
-"""What the commands share: options, how errors are told, and files that add to the package."""
+"""What the commands share: options, and how errors are told."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pyro_scenes import __version__
+from pyro_scenes import __version__, extensions
 from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.limits import LAST_SEED
-
-EXTENSIONS = "PYRO_SCENES_IMPORT"
 
 
 class Command(click.Command):
@@ -28,8 +23,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with _sigterm_raises():
-                for path in filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)):
-                    _extend(Path(path).resolve())
+                extensions.run()
                 return super().invoke(ctx)
         except UserError as error:
             message = str(error)
@@ -51,32 +45,6 @@ class Command(click.Command):
             ctx.exit(status)
         click.echo("Error: " + " ".join(message.split()), err=True)
         ctx.exit(2)
-
-
-def _extend(path: Path) -> None:
-    """Run a file of Python, as a module, which registers models, priors or data sets of its own.
-
-    In the environment, not an option: so torchrun's processes and a sweep's have it too.
-
-    :raises UserError: if the file is missing, or fails.
-    """
-    name = path.stem
-    spec = util.spec_from_file_location(name, path) if path.is_file() else None
-    if spec is None or spec.loader is None:
-        raise UserError(f"{EXTENSIONS} names {path}, which is no file of Python")
-    if name in sys.modules:
-        if getattr(sys.modules[name], "__file__", None) == str(path):
-            return
-        raise UserError(f"{path}: another module is called {name}; give the file a new name")
-    module = sys.modules[name] = util.module_from_spec(spec)  # dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
-                 if f.filename == str(path)]
-        at = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"{path}{at}: {type(error).__name__}: {error}") from error
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -81,7 +81,7 @@ def load(
         if split not in spec.sizes:
             raise UserError(f"unknown split {split!r}; one of {', '.join(spec.sizes)}")
         return make(
-            spec.name, images or spec.sizes[split], objects=objects, stream=split, mnist=mnist,
+            str(source), images or spec.sizes[split], objects=objects, stream=split, mnist=mnist,
             segmentation=split == "test" if segmentation is None else segmentation)
     if not Path(source).exists():
         raise UserError(f"no data set and no file is called {str(source)!r}; give an npz file, a "

@@ -19,7 +19,7 @@ from pyro_scenes.objectives.conv_vae import PRESETS as CONV_VAE_PRESETS
 from pyro_scenes.objectives.conv_vae import ConvVAEObjective
 from pyro_scenes.objectives.lavae import PRESETS, LAVAEObjective
 
-# model name -> (objective class, schedule by preset)
+# model name -> (objective class, schedule by preset; of one without, its defaults)
 OBJECTIVES: dict[str, tuple[Callable[..., Objective], dict[str, Any]]] = {
     "lavae": (LAVAEObjective, PRESETS),
     "discrete-air": (DiscreteAIRObjective, DISCRETE_PRESETS),
@@ -35,7 +35,10 @@ def objective(model: str) -> Callable[..., Objective]:
 
 def schedule(model: str, preset: str) -> Any:
     """The settings of that objective, a dataclass."""
-    return OBJECTIVES[model][1][preset] if model in OBJECTIVES else Schedule()
+    if model not in OBJECTIVES:
+        return Schedule()
+    known = OBJECTIVES[model][1]
+    return known[preset] if preset in known else type(next(iter(known.values())))()
 
 
 __all__ = ["OBJECTIVES", "Objective", "Schedule", "objective", "schedule", "temporarily"]

@@ -34,6 +34,8 @@ class Schedule:
 class Objective:
     """-ELBO by one draw of the guide, of any model; the base of the models' own objectives.
 
+    :ivar elbo: one of Pyro's with a ``differentiable_loss``, or TraceGraph_ELBO; for others, such
+        as RenyiELBO, override ``backward``.
     :ivar modules: what is trained and kept beside the model; their names are groups of parameters.
     :ivar events: step -> what is done once before it, with the model and the training's data.
     :param schedule: a dataclass of settings, with those of ``Schedule`` unless a subclass has other
@@ -93,7 +95,9 @@ def surrogate(
     if isinstance(elbo, TraceGraph_ELBO):
         bound, loss = elbo._loss_and_surrogate_loss(model, guide, (x,), {})
         return -torch_item(bound), loss
-    assert isinstance(elbo, Trace_ELBO)
+    if not isinstance(elbo, Trace_ELBO) or elbo.num_particles > 1:
+        loss = elbo.differentiable_loss(model, guide, x)
+        return torch_item(loss), loss
     (traces,) = elbo._get_traces(model, guide, (x,), {})
     return elbo._differentiable_loss_particle(*traces)
 

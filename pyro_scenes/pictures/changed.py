@@ -33,10 +33,11 @@ def templates(model: GenerativeModel, images: Tensor, limit: float | None = None
     made of.
 
     Raises:
-        UserError: the model has no categories.
+        UserError: the model has no categories, or none that it draws alone.
     """
     if not isinstance(model, Attend) or not model.classes:
-        raise UserError(f"{type(model).__name__} is a model without categories: no templates")
+        raise UserError(f"{type(model).__name__} is a model without categories that it draws alone:"
+                        " no templates")
     _, scene = scenes_in(model, images[:1], math.inf)
     kinds = torch.arange(model.classes, device=scene.present.device)
     attributes = 0 if scene.what is None else scene.what.shape[-1]
