@@ -34,7 +34,8 @@ def _run(path: Path) -> None:
         return
     # One that nothing has imported yet would be taken for a library when something does.
     other = PathFinder.find_spec(name)
-    if name in sys.modules or other is not None and other.origin != str(path):
+    origin = other.origin if other else None  # a mere folder has none
+    if name in sys.modules or origin and Path(origin).resolve() != path:
         raise UserError(f"{path}: another module is called {name}; give the file a new name")
     module = sys.modules[name] = util.module_from_spec(spec)  # dataclasses look there
     try:

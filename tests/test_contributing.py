@@ -151,7 +151,12 @@ def test_a_file_that_cannot_be_run_is_told(
 def test_a_file_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, told = tmp_path / "runs_once.py", tmp_path / "told"
     file.write_text(f"with open({str(told)!r}, 'a') as told:\n    told.write('ran ')\n")
-    monkeypatch.setenv(VARIABLE, os.pathsep.join([str(file), str(file)]))
+    # That others could import it, and that a folder has its name, makes it no other module.
+    (tmp_path / "linked").symlink_to(tmp_path)
+    (tmp_path / "folders" / "runs_once").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "linked")
+    monkeypatch.syspath_prepend(tmp_path / "folders")
+    monkeypatch.setenv(VARIABLE, os.pathsep.join([str(file), str(tmp_path / "linked" / file.name)]))
     for _ in range(2):
         assert CliRunner().invoke(cli.evaluate, ["--list"]).exit_code == 0
     assert told.read_text() == "ran "
