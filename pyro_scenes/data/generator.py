@@ -64,7 +64,8 @@ class Sprites:
 
 
 # Makes CHUNK scenes from draws, the fewest and most objects, the folder with MNIST if any, and
-# whether a segmentation is wanted: the arrays of SceneData, and attributes, by name.
+# whether a segmentation is wanted: the arrays of SceneData, and attributes, by name. Binary images
+# are packed bits; bytes are taken for grey ones, of which no Bernoulli model has a likelihood.
 Maker = Callable[[Draws, int, int, Path | None, bool], dict[str, np.ndarray]]
 
 
@@ -79,7 +80,7 @@ class DatasetSpec:
     objects: tuple[int, int] = (0, 3)  # fewest and most
     sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 190_000, "test": 10_000})
     # What else a model that is trained on it is measured on: scenes of CROWDED objects, and other
-    # data sets, by what their scenes have that the training's have not.
+    # registered data sets, by what their scenes have that the training's have not.
     crowded: bool = False
     others: Mapping[str, str] = field(default_factory=dict)
 
