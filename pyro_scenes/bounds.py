@@ -15,7 +15,6 @@ All are in nats, per image.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from pyro_scenes import distributed
 from pyro_scenes.data import SceneData
 from pyro_scenes.errors import UserError
 from pyro_scenes.machine import at_a_time, in_mode, keep_memory, own_parameters
-from pyro_scenes.models import GenerativeModel
+from pyro_scenes.models import GenerativeModel, base
 
 # Particles times images at a time. On a CPU, larger tensors than those of so many images are memory
 # that the system gives and takes back at every operation, which takes as long as the arithmetic.
@@ -237,7 +236,7 @@ def _terms(model: GenerativeModel, x: Tensor, particles: int) -> dict[str, Tenso
     for trace, sign in ((joint, 1.0), (guide, -1.0)):
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and not site_is_subsample(site):
-                family = RECONSTRUCTION if site["is_observed"] else re.sub(r"_\d+$", "", name)
+                family = RECONSTRUCTION if site["is_observed"] else base.family(name)
                 terms[family] = terms.get(family, nothing) + sign * site["log_prob"]
     return terms
 

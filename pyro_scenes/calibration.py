@@ -17,7 +17,6 @@ This asks whether a guide suits its own model. Whether the model suits any data 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from pyro_scenes.bounds import CHUNKS
 from pyro_scenes.errors import UserError
 from pyro_scenes.machine import at_a_time, in_mode, own_parameters, seeded
-from pyro_scenes.models import GenerativeModel, SceneModel
+from pyro_scenes.models import GenerativeModel, SceneModel, base
 from pyro_scenes.objectives import Objective
 
 COUNT = "n"
@@ -121,7 +120,7 @@ def numbers(model: GenerativeModel, trace: poutine.Trace) -> dict[str, Tensor]:
     families: dict[str, list[Tensor]] = {}
     wanted = (model.where_site, model.appearance_site, "z_cat")
     for name, site in trace.nodes.items():
-        family = re.sub(r"_\d+$", "", name)
+        family = base.family(name)
         if family in wanted:
             families.setdefault(family, []).append(model.numbers(family, site["value"]))
     if model.where_site not in families:

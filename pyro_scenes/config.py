@@ -211,9 +211,10 @@ def make_config(
 def _check_sizes(config: RunConfig) -> None:
     """:raises UserError: for settings that are too small or too large, or none of a few names."""
     for part in RunConfig.parts:
-        kinds = _kinds(getattr(config, part).__class__)
-        own = getattr(config, part).__class__.__module__.split(".")[0] == __name__.split(".")[0]
-        for name, value in vars(getattr(config, part)).items():
+        now = getattr(config, part)
+        kinds = _kinds(now.__class__)
+        own = now.__class__.__module__.split(".")[0] == __name__.split(".")[0]
+        for name, value in vars(now).items():
             if not _suits(value, kinds[name]):
                 raise UserError(
                     f"{name} is {value!r:.60}: a setting is a bool, an int or float that is not"

@@ -11,7 +11,6 @@ the aggregate posterior of n, the mean of q(n | x) over those scenes, see `prior
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from pyro_scenes import priors
 from pyro_scenes.data import DATASETS, SceneData, load, split_held_out
 from pyro_scenes.errors import UserError
 from pyro_scenes.machine import at_a_time, own_parameters, seeded
-from pyro_scenes.models import GenerativeModel, SceneModel
+from pyro_scenes.models import GenerativeModel, SceneModel, base
 from pyro_scenes.models.attend import Attend
 
 ENCODED = 200  # scenes of 64 x 64 at a time
@@ -111,7 +110,7 @@ def look(model: SceneModel, scenes: SceneData, progress: bool = True) -> Found:
             trace = poutine.trace(model.guide).get_trace(x)
             counts.append(model.counts(trace))
             for name, site in trace.nodes.items():
-                if re.sub(r"_\d+$", "", name) == model.appearance_site:
+                if base.family(name) == model.appearance_site:
                     here = site["mask"]  # (B,), where there is such an object; else in all images
                     if not isinstance(here, Tensor):
                         here = torch.ones(site["fn"].batch_shape, dtype=torch.bool)

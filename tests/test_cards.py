@@ -204,10 +204,11 @@ def test_seeds_of_other_scenes_are_not_added(
     cards.ship("tiny", runs[:1], **asked)
     before = (tmp_path / "tiny.json").read_bytes()
     held_out = cards.held_out
-    only = {"held_out": lambda *given: dict(list(held_out(*given).items())[:1])}
     run = tmp_path / "run"
     shutil.copytree(runs[1], run, ignore=shutil.ignore_patterns("figures-*"))
-    monkeypatch.setattr(cards, "held_out", only["held_out"])
+    monkeypatch.setattr(
+        cards, "held_out", lambda *given: dict(list(held_out(*given).items())[:1])
+    )
     with pytest.raises(UserError, match="measured on other scenes than those of now"):
         cards.ship("tiny", [run], add=True, **asked)
     assert (tmp_path / "tiny.json").read_bytes() == before

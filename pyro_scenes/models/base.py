@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -246,6 +247,15 @@ class SceneModel(GenerativeModel):
             return parts.new_zeros(len(parts), *parts.shape[2:], dtype=torch.long)
         strongest, slot = parts.max(1)
         return torch.where(strongest > threshold, slot + 1, 0)
+
+
+def family(site: str) -> str:
+    """What a site is called, less its number.
+
+    >>> family("z_where_2"), family("x")
+    ('z_where', 'x')
+    """
+    return re.sub(r"_\d+$", "", site)
 
 
 def _ready(context: Any) -> None:
