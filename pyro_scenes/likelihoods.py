@@ -52,7 +52,7 @@ class NormalImage(nn.Module):
         return NormalPixels(mean, self.sigma).to_event(3)
 
 
-def likelihood(kind: str, sigma: float, floor: float) -> nn.Module:
+def likelihood(kind: str, sigma: float, floor: float = 1e-5) -> nn.Module:
     """A likelihood by name. :raises UserError: for another."""
     if kind == "normal":
         return NormalImage(sigma)

@@ -111,8 +111,13 @@ def missing(figures: Mapping[str, dict[str, Any]]) -> list[str]:
         row["likelihood"] for row in figures.values()
         if row["particles"] and row["nll_images"] is None
     }
-    return [f"no -log p(x): the images are grey, and a {name} likelihood is of binary ones"
-            for name in sorted(names)]
+    return [f"no -log p(x): {grey(name)}" for name in sorted(names)]
+
+
+def grey(name: object) -> str:
+    """Why a likelihood of that name is none of the images."""
+    return (f"the images are grey, and a {name} likelihood is of binary ones;"
+            " a training with --set likelihood=normal has one of them")
 
 
 def likelihood(row: dict[str, Any]) -> str:

@@ -63,6 +63,7 @@ class Cell:
     particles: int
     device: str
     mnist: str | None
+    start: str = ""  # the checkpoint whose weights all begin with, "" for random ones
 
     @property
     def label(self) -> str:
@@ -72,7 +73,10 @@ class Cell:
     def config(self) -> RunConfig:
         """:raises UserError: for settings that are none."""
         settings = [*self.settings, *self.varied]
-        return make_config(self.model, self.data, self.preset, settings, self.steps, self.seed)
+        return make_config(
+            self.model, self.data, self.preset, settings, self.steps, self.seed, start=self.start,
+            net=_networks(self.start, self.model) if self.start else None,
+        )
 
     def asked(self) -> dict[str, Any]:
         """What its figures are of."""
@@ -80,6 +84,8 @@ class Cell:
         asked = {"images": self.images, "particles": self.particles, "settings": settings}
         if self.data not in DATASETS:  # a file may have other images by now
             asked["file"] = _digest(self.data)
+        if self.start:  # likewise
+            asked["start"] = checkpoint.digest(checkpoint.find(self.start))
         return asked
 
     def check(self) -> None:
@@ -158,6 +164,11 @@ def cells(
 @lru_cache
 def _digest(data: str) -> str:
     return load(data).digest()
+
+
+@lru_cache
+def _networks(start: str, model: str) -> Any:
+    return checkpoint.networks(start, model)
 
 
 def run_cell(cell: Cell) -> None:

@@ -1,6 +1,7 @@
 """AIR and Discrete-AIR: densities by enumeration, gradients, scenes and trainings by hand."""
 
 import gc
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_scenes import checkpoint
 from pyro_scenes.affine import to_image, to_window, warp
 from pyro_scenes.attention import gain
 from pyro_scenes.bounds import iwae, log_weights
@@ -1545,6 +1547,9 @@ def test_presets_suit_the_data() -> None:
     assert (colours.net.classes, colours.net.contrast, colours.schedule.twin) == (21, True, 100)
     for data in ("multi-dsprites", "multi-mnist-1k", "multi-mnist-10k"):
         assert make_config("air", data).net.likelihood == "bernoulli"
+    for model, preset in itertools.product(("lavae", "conv-vae"), ("fast", "paper")):
+        assert make_config(model, "multi-sprites", preset).net.likelihood == "normal"
+        assert make_config(model, "multi-dsprites", preset).net.likelihood == "bernoulli"
     paper = make_config("discrete-air", "multi-mnist", "paper").net
     assert (paper.classes, paper.attributes, paper.combine, paper.max_objects) == (10, 1, "add", 2)
     assert digits.train.steps != sprites.train.steps
@@ -1561,3 +1566,10 @@ def test_settings_that_there_are_not_are_refused(setting) -> None:
     config = make_config("discrete-air", "multi-sprites", settings=[setting])
     with pytest.raises(UserError, match=setting.split("=")[0]):
         DiscreteAIR(config.net, (1, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["lavae", "conv-vae"])
+def test_so_are_other_models_likelihoods(name) -> None:
+    config = make_config(name, "multi-sprites", settings=["likelihood=poisson"])
+    with pytest.raises(UserError, match="normal or bernoulli, not 'poisson'"):
+        checkpoint.build(config, (1, 64, 64))

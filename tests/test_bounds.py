@@ -24,6 +24,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from pyro.nn import pyro_method
+from scipy import stats
 from torch import Tensor, nn
 
 from pyro_scenes import bounds, calibration, checkpoint, cli, machine, plots, report, swaps
@@ -38,7 +39,7 @@ FLOOR = 0.2  # high, so that no weight is worth a thousand others
 CONFIG = LAVAEConfig(
     max_objects=2, latent=1, sprite=3, crop=3, location_width=8, location_blocks=1,
     appearance_width=4, appearance_hidden=6, sprite_hidden=(6,), count_window=3, blocked_window=1,
-    count_threshold=2.0, logit_scale=0.5, likelihood_floor=FLOOR,
+    count_threshold=2.0, logit_scale=0.5, likelihood_floor=FLOOR, sigma=0.7,
 )
 SQUARE, WIDE = (4, 4), (4, 8)
 
@@ -122,8 +123,11 @@ def log_joint(model: LAVAE, x: np.ndarray, count: int, allowed: Callable = lambd
         for place in places:  # the outer product of the objects' nodes
             mean = (mean[:, None] + drawn[place][None]).reshape(-1, height, width)
             weight = np.outer(weight, mass).ravel()
-        mean = FLOOR + (1 - 2 * FLOOR) * np.clip(mean, 0, 1)
-        likelihood = np.where(x == 1, mean, 1 - mean).prod((1, 2))
+        if model.config.likelihood == "normal":
+            likelihood = stats.norm.pdf(x, mean, CONFIG.sigma).prod((1, 2))
+        else:
+            mean = FLOOR + (1 - 2 * FLOOR) * np.clip(mean, 0, 1)
+            likelihood = np.where(x == 1, mean, 1 - mean).prod((1, 2))
         total += (weight * likelihood).sum()
     return float(log_count + np.log(total / tuples))
 
@@ -170,6 +174,7 @@ def test_without_objects_the_weight_is_exact() -> None:
     assert weights.tolist() == [[pytest.approx(truth, rel=1e-5)] * 3] * 2
 
 
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
 @pytest.mark.parametrize("size, count, blocked, allowed", [
     (SQUARE, 1, 1, lambda place: True),
     (SQUARE, 2, 1, lambda *places: True),
@@ -177,8 +182,9 @@ def test_without_objects_the_weight_is_exact() -> None:
     (SQUARE, 2, 13, lambda *places: True),  # no place is out of the window: the nearest serve
     (WIDE, 1, 1, lambda place: True),
 ])
-def test_mean_weights_are_the_exact_likelihood(size, count, blocked, allowed) -> None:
-    model, x = with_counts(tiny(size, blocked_window=blocked), count), image(size)
+def test_mean_weights_are_the_exact_likelihood(size, count, blocked, allowed, likelihood) -> None:
+    model = with_counts(tiny(size, blocked_window=blocked, likelihood=likelihood), count)
+    x = image(size) if likelihood == "bernoulli" else 0.7 * image(size) + 0.1  # grey
     torch.manual_seed(1)
     weights = bounds.log_weights(model, repeated(x, 20), 5000, chunk=20_000)
     agrees(weights, log_joint(model, x.numpy(), count, allowed))

@@ -294,14 +294,22 @@ SCHEDULE = ConvVAESchedule(beta_full=0.2, ramp=0, decay_to=1.0)
 
 
 @pytest.mark.parametrize("step, beta", [(0, 1e-6), (5, 0.25), (15, 0.75), (20, 1.0), (99, 1.0)])
-def test_the_loss_by_hand(model, step, beta) -> None:
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
+def test_the_loss_by_hand(model, step, beta, likelihood) -> None:
     """-E[log p(x | z)] + beta KL(q(z | x) || p(z)) and its gradients, on the same noise."""
-    model, x = model.double(), images().double()
+    weights = model.state_dict()
+    model = ConvVAE(replace(model.config, likelihood=likelihood, sigma=0.4), SHAPE).double()
+    model.load_state_dict(weights)
+    x = images().double() if likelihood == "bernoulli" else torch.rand(2, *SHAPE).double()
     torch.manual_seed(3)
     noise = [((value - mean) / scale).detach() for mean, scale, value in drawn(model, x)]
     z, divergence = by_hand(model, x, noise)
-    means = 1e-5 + (1 - 2e-5) * model.decode(z)
-    cost = -torch.where(x == 1, means, 1 - means).log().flatten(1).sum(1)
+    means = model.decode(z)
+    if likelihood == "bernoulli":
+        means = 1e-5 + (1 - 2e-5) * means
+        cost = -torch.where(x == 1, means, 1 - means).log().flatten(1).sum(1)
+    else:
+        cost = -torch.distributions.Normal(means, 0.4).log_prob(x).flatten(1).sum(1)
     loss = (cost + beta * divergence).mean()
     expected = torch.autograd.grad(loss, list(model.parameters()))
 

@@ -146,7 +146,8 @@ def test_what_cannot_be_measured_is_none() -> None:
     grey = SceneData.from_images("grey", data.images() // 2)
     result = evaluate.evaluate(model, grey, particles=2, progress=False)
     assert report.table({"grey": result}).splitlines()[-1] == (
-        "no -log p(x): the images are grey, and a bernoulli likelihood is of binary ones")
+        "no -log p(x): the images are grey, and a bernoulli likelihood is of binary ones;"
+        " a training with --set likelihood=normal has one of them")
     assert [result[key] for key in ("nll", "curve", "ess", "split")] == [None] * 4
     # A model without objects has a likelihood, and no count.
     vae = ConvVAE(ConvVAEConfig(1, 2, 8), (1, 4, 4)).eval()

@@ -478,9 +478,10 @@ def test_unsuitable_settings_and_sizes_are_refused() -> None:
         lavae().infer(images(1, (3, 10, 8)))
 
 
-def test_the_slopes_are_what_objects_are_worth() -> None:
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
+def test_the_slopes_are_what_objects_are_worth(likelihood) -> None:
     """Against whole canvases drawn with and without each object; some hang over the edge."""
-    model = lavae(replace(CONFIG, count_gain=40.0))
+    model = lavae(replace(CONFIG, count_gain=40.0, likelihood=likelihood, sigma=0.3))
     model.reach = 2
     x = (torch.rand(2, *SHAPE) < 0.4).float()
     image, places = torch.tensor([0, 0, 1]), [(0, 1), (3, 4), (5, 11)]

@@ -94,6 +94,9 @@ TABLE = {
         lambda: LAVAE(PAPER, SHAPE), guide_of_two, {"temperature": 0.5},
         {"location_net.head.bias": "a softmax does not see a constant"},
     ),
+    "lavae, of grey images": Row(
+        lambda: LAVAE(replace(FAST, likelihood="normal"), SHAPE), guide_of_two, {"temperature": 0.5}
+    ),
     "lavae, a flow for a prior": Row(
         lambda: LAVAE(replace(FAST, appearance_prior="flow:2"), SHAPE), guide_of_two,
         {"temperature": 0.5},
@@ -125,6 +128,9 @@ TABLE = {
         lambda: AIR(replace(ATTEND, networks="paper"), SHAPE), unreached=BASELINE
     ),
     "conv-vae": Row(lambda: informed(ConvVAE(ConvVAEConfig(2, 2, 8, "fast"), SHAPE))),
+    "conv-vae, of grey images": Row(
+        lambda: informed(ConvVAE(ConvVAEConfig(2, 2, 8, "fast", "normal"), SHAPE))
+    ),
     "conv-vae, paper's networks": Row(lambda: ConvVAE(ConvVAEConfig(8, 2, 8, "paper"), SHAPE)),
     "conv-vae, LAVAE's auxiliary": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)),
 }

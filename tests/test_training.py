@@ -638,6 +638,21 @@ def test_temperature_and_floor_fall_by_hand(step, temperature, floor) -> None:
     assert found == pytest.approx((temperature, floor))
 
 
+def test_a_normal_likelihood_has_no_floor_and_is_the_auxiliary_vaes_too() -> None:
+    _, model = objective()
+    model = LAVAE(replace(model.config, likelihood="normal", sigma=0.4), (1, 16, 16))
+    trained = LAVAEObjective(LAVAESchedule(warmup_full=5, warmup_end=10), model, 100)
+    for each in (model, trained.auxiliary):
+        assert each.likelihood.name == "normal, sigma 0.4"
+    sigmas, guide = [], model.guide
+    model.guide = lambda x, encoded: sigmas.append(model.likelihood.sigma) or guide(x, encoded)
+    for step in (0, 50):
+        torch.manual_seed(step)
+        figures = trained.backward(model, torch.rand(4, 1, 16, 16), step)
+        assert math.isfinite(figures["loss"])
+    assert sigmas == [0.4, 0.4] and not hasattr(model.likelihood, "floor")
+
+
 @pytest.mark.parametrize("rest_from", [1.0, 0.4])
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
 def test_ever_fewer_images_are_probed_until_places_rest(part, rest_from) -> None:

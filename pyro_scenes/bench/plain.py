@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_scenes.distributions import USED, one_hot
+from pyro_scenes.likelihoods import BernoulliImage
 from pyro_scenes.models.lavae import LAVAE, NEAR, Encoded
 from pyro_scenes.priors import LearnedCount
 from pyro_scenes.spatial import crops, place_sprites, window_masks
@@ -141,6 +142,7 @@ def _gain(model: LAVAE, x: Tensor, mean: Tensor, sprites: Tensor, objects: Objec
 
 
 def _log_image(model: LAVAE, x: Tensor, mean: Tensor) -> Tensor:
+    assert isinstance(model.likelihood, BernoulliImage)
     floor = model.likelihood.floor
     mean = floor + (1 - 2 * floor) * mean.clamp(0.0, 1.0)
     return -F.binary_cross_entropy(mean, x, reduction="none").flatten(1).sum(1)

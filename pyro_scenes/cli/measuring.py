@@ -117,8 +117,7 @@ def _evaluate(checkpoint: str, data: str, images: int | None, particles: int, ch
     report.claim([out], [*drawings.values(), curve], force)
     scenes = report.unseen(trained, data, images, objects, mnist)
     if curve and not bounds.applies(model, scenes):
-        raise UserError(f"no --curve: the images are grey, and a {model.likelihood.name} likelihood"
-                        " is of binary ones")
+        raise UserError(f"no --curve: {report.grey(model.likelihood.name)}")
     swapped = swaps.parse(
         priors, model, lambda: report.source(trained, data), mnist=mnist, seed=seed
     )

@@ -12,7 +12,7 @@ MODELS: dict[str, tuple[Callable[..., GenerativeModel], dict, dict]] = {
     "lavae": (lavae.LAVAE, lavae.PRESETS, lavae.SUITED),
     "discrete-air": (discrete_air.DiscreteAIR, discrete_air.PRESETS, discrete_air.SUITED),
     "air": (air.AIR, air.PRESETS, air.SUITED),
-    "conv-vae": (conv_vae.ConvVAE, conv_vae.PRESETS, {}),
+    "conv-vae": (conv_vae.ConvVAE, conv_vae.PRESETS, conv_vae.SUITED),
 }
 
 __all__ = ["MODELS", "GenerativeModel", "SceneModel"]

@@ -2,7 +2,7 @@
 
 The joint density, for D = C * H * W pixels and channels, and cells drawn in phases i::
 
-    p(x, z) = prod_i p(z_i | z_<i)  prod_d Bernoulli(x_d; f(z)_d)
+    p(x, z) = prod_i p(z_i | z_<i)  prod_d p(x_d | f(z)_d)
 
 and the guide::
 
@@ -18,7 +18,7 @@ and this for the first layer of the decoder.
 ========  ===================  ==========================================================
 symbol    shape                meaning
 ========  ===================  ==========================================================
-x         (B, C, H, W)         binary image, C = 1 or 3
+x         (B, C, H, W)         image, C = 1 or 3, binary if p(x_d | f(z)_d) is Bernoulli
 z         (B, K, H / s, W / s) latent grid, s = 2 ** stages, of d = K H W / s^2 numbers
 z_i       (B, K, r, c)         its cells of phase i
 h(x)      (B, F, H / s, W / s) what the encoder makes of the image
@@ -51,7 +51,7 @@ from pyro.nn import pyro_method
 from torch import Tensor, nn
 
 from pyro_scenes.errors import UserError
-from pyro_scenes.likelihoods import BernoulliImage
+from pyro_scenes.likelihoods import likelihood
 from pyro_scenes.models.base import GenerativeModel
 from pyro_scenes.nets import PHASES, ConvBlock, GatedBlock, PhaseNet, ResidualBlock, cells, widened
 
@@ -67,12 +67,16 @@ class ConvVAEConfig:
     grid_stages: int = 2  # halvings of the image
     grid_width: int = 32  # channels
     networks: str = "auxiliary"  # auxiliary, fast or paper
+    likelihood: str = "bernoulli"  # or normal
+    sigma: float = 0.3  # of the normal likelihood
 
 
 PRESETS = {
     "fast": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=96, networks="fast"),
     "paper": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=64, networks="paper"),
 }
+# preset -> data set -> what suits it
+SUITED = {preset: {"multi-sprites": {"likelihood": "normal"}} for preset in PRESETS}
 
 
 class GridNormal(nn.Module):
@@ -132,7 +136,7 @@ class ConvVAE(GenerativeModel):
             self.check(torch.zeros(1, *image_shape))
         self.phases = len(PHASES) if config.networks == "fast" else 1
         self.latent_prior: nn.Module = GridNormal(self.phases)
-        self.likelihood = BernoulliImage()
+        self.likelihood = likelihood(config.likelihood, config.sigma)
         # h(x) and the mean of p(x | z)
         self.encoder, self.decoder = NETWORKS[config.networks](config, image_shape[0])
         # parameters of q(z_i | z_<i, h); of a single phase they are h(x) themselves

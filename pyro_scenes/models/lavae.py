@@ -3,7 +3,7 @@
 The joint density (eq. 1), for n objects on a canvas of D = H * W places::
 
     p(x, z_loc, z_app, n) = p(n) prod_{i<n} p(z_loc_i | z_loc_<i) p(z_app_i)
-                            prod_d Bernoulli(x_d; lambda_d)
+                            prod_d p(x_d | lambda_d)
     lambda = sum_{i<n} f_sprite(z_app_i) * z_loc_i                  (eq. 4; * is convolution)
 
 and the guide (eq. 5)::
@@ -14,7 +14,7 @@ and the guide (eq. 5)::
 ========  =============  =======================================================================
 symbol    shape          meaning
 ========  =============  =======================================================================
-x         (B, C, H, W)   binary image, C = 1 or 3
+x         (B, C, H, W)   image, C = 1 or 3, binary if p(x_d | lambda_d) is Bernoulli
 n         (B,)           number of objects, 0..M
 z_loc_i   (B, D)         one-hot place of the centre of object i
 z_app_i   (B, L)         appearance of object i
@@ -63,8 +63,9 @@ Where the fast preset leaves the paper, and why:
   guide's codes when places rest (objectives/lavae.py); ``--prior appearance=normal`` puts N(0, I)
   back in its place.
 
-In both presets the background's mean is a small floor, not 0: one stray pixel would cost infinitely
-much. Where sprites overlap, their sum is cut off at 1.
+p(x_d | lambda_d) is Bernoulli, as in the paper, or for grey images a normal round lambda_d. In both
+presets a Bernoulli background's mean is a small floor, not 0: one stray pixel would cost infinitely
+much. Where sprites overlap, their sum is then cut off at 1.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ from torch import Tensor, nn
 from pyro_scenes import nets, priors
 from pyro_scenes.distributions import USED, OneHotPlace, one_hot
 from pyro_scenes.errors import UserError
-from pyro_scenes.likelihoods import BernoulliImage
+from pyro_scenes.likelihoods import likelihood
 from pyro_scenes.models.base import SceneModel
 from pyro_scenes.scene import Scene
 from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks
@@ -118,6 +119,8 @@ class LAVAEConfig:
     count_window: int = 9  # side of the window that a peak is the largest of, pixels, odd
     blocked_window: int = 13  # side of the window shut after a draw, pixels, odd; 1 as the paper
     straight_through: bool = True  # hard places in training
+    likelihood: str = "bernoulli"  # or normal
+    sigma: float = 0.3  # of the normal likelihood
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
     appearance_prior: str = "normal"  # p(z_app): or mixture:K or flow:L, learned with the rest
 
@@ -140,9 +143,12 @@ PRESETS = {"fast": LAVAEConfig(), "paper": PAPER}
 DIGITS = {"sprite_hidden": (384, 512), "appearance_hidden": 256, "count_window": 13, "dreams": 0}
 # Sprites of the paper's digits are smaller, and their places learn more slowly (appendix B).
 PAPER_DIGITS = {"sprite": 17, "location_learning_rate": 1e-4}
+GREY = {"likelihood": "normal"}
 SUITED = {
-    "fast": {"multi-mnist-1k": DIGITS, "multi-mnist-10k": DIGITS},
-    "paper": {"multi-mnist-1k": PAPER_DIGITS, "multi-mnist-10k": PAPER_DIGITS},
+    "fast": {"multi-mnist-1k": DIGITS, "multi-mnist-10k": DIGITS, "multi-sprites": GREY},
+    "paper": {
+        "multi-mnist-1k": PAPER_DIGITS, "multi-mnist-10k": PAPER_DIGITS, "multi-sprites": GREY,
+    },
 }
 
 
@@ -185,7 +191,6 @@ class LAVAE(SceneModel):
     :raises UserError: for sizes that the networks do not accept.
     """
 
-    likelihood: BernoulliImage
     decoders = ("sprite_net",)
     rates = ("location", "prior", "rest")
     where_site = "z_loc"
@@ -207,7 +212,7 @@ class LAVAE(SceneModel):
         self.count_prior: nn.Module = priors.LearnedCount(config.max_objects)
         self.location_prior: nn.Module = priors.UniformPlaces()
         self.appearance_prior = priors.make("appearance", config.appearance_prior, config.latent)
-        self.likelihood = BernoulliImage(config.likelihood_floor)
+        self.likelihood = likelihood(config.likelihood, config.sigma, config.likelihood_floor)
         # f_sprite; then inference networks: h_loc, and the parameters of q(z_app | z_loc, x)
         if config.networks not in NETWORKS:
             raise UserError(f"networks must be one of {', '.join(NETWORKS)}")

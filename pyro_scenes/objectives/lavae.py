@@ -52,7 +52,7 @@ class LAVAESchedule:
     temperature_steps: int = 1000  # within so many steps
     slope: float = 5.0  # limit of the places' gradient, nats a pixel; 0 for none
     reach: int = 5  # of that gradient round a drawn place, pixels; 0 for everywhere
-    floor: float = 0.03  # of the Bernoulli means; falls to the model's own
+    floor: float = 0.03  # of Bernoulli means; falls to the model's own
     floor_begin: int = 600  # from this step on,
     floor_end: int = 2400  # to this one
     one_object: int = 150  # n is forced to 1 in all images up to this step,
@@ -141,7 +141,9 @@ class LAVAEObjective(Objective):
         super().__init__(schedule, model, steps)
         if schedule.exact_divergence:
             self.elbo = PlacesFirstELBO()
-        self.auxiliary = ConvVAE(ConvVAEConfig(), model.image_shape)
+        c = model.config
+        alike = ConvVAEConfig(likelihood=c.likelihood, sigma=c.sigma)
+        self.auxiliary = ConvVAE(alike, model.image_shape)
         if schedule.warmup_weight and schedule.warmup_end:
             self.auxiliary.check(torch.zeros(1, *model.image_shape))
         if schedule.dreams and not model.config.count_softness:
@@ -235,7 +237,10 @@ class LAVAEObjective(Objective):
             model.guide(x, Encoded(encoded.heights, count, probed & ~alone))
 
         temperature = falling(step, s.temperature, s.temperature_end, 0, s.temperature_steps)
-        floor = falling(step, s.floor, model.config.likelihood_floor, s.floor_begin, s.floor_end)
+        softened = {}
+        if model.likelihood.binary:
+            least = model.config.likelihood_floor
+            softened["floor"] = falling(step, s.floor, least, s.floor_begin, s.floor_end)
         with (
             temporarily(
                 model,
@@ -244,7 +249,7 @@ class LAVAEObjective(Objective):
                 reach=s.reach or None,
                 slots=int(distributed.world() > 1),
             ),
-            temporarily(model.likelihood, floor=floor),
+            temporarily(model.likelihood, **softened),
             model.priors(**plain),
             Weighted(model.appearance_site, beta),
             poutine.scale(scale=1 / len(x)),
