@@ -89,17 +89,24 @@ class Cell:
         return asked
 
     def check(self) -> None:
-        """:raises UserError: if its folder holds a run of other settings."""
+        """:raises UserError: if its folder holds a run of other settings or of other weights."""
         path = Path(self.out) / checkpoint.CONFIG
         if (path.parent / checkpoint.FILE).exists() and path.is_file():
             if RunConfig.from_dict(read_json(path)) != self.config():
                 raise UserError(f"{self.out} holds a run of other settings: give another --out")
+            kept = self._kept()
+            if kept and kept["asked"].get("start") != self.asked().get("start"):
+                raise UserError(f"{self.out} holds a run that began with other weights than"
+                                f" {self.start} has now: give another --out")
 
     def figures(self) -> dict[str, Any] | None:
         """Its figures, if they are those that are asked for."""
-        path = Path(self.out) / FIGURES
-        kept = read_json(path, ("asked",)) if path.is_file() else None
+        kept = self._kept()
         return kept if kept and kept["asked"] == self.asked() else None
+
+    def _kept(self) -> dict[str, Any] | None:
+        path = Path(self.out) / FIGURES
+        return read_json(path, ("asked",)) if path.is_file() else None
 
 
 def seeds(text: str) -> tuple[int, ...]:

@@ -243,7 +243,7 @@ def test_a_sweep_trains_measures_and_goes_on(data, tmp_path) -> None:
 
 
 def test_all_runs_begin_with_the_weights_of_another(data, tmp_path) -> None:
-    """And its networks, not the preset's; of other weights of that name they begin anew."""
+    """And its networks, not the preset's. Of other weights of that name they are no runs."""
     assert invoke(data, tmp_path / "out").exit_code == 0
     begun = tmp_path / "out" / "preset" / "seed0" / "checkpoint.pt"
     options = [
@@ -262,7 +262,8 @@ def test_all_runs_begin_with_the_weights_of_another(data, tmp_path) -> None:
     assert "2 done already" in CliRunner().invoke(command, options).output
     assert invoke(data, tmp_path / "other", "--set", "learning_rate=0.1").exit_code == 0
     (tmp_path / "other" / "preset" / "seed0" / "checkpoint.pt").replace(begun)
-    assert "0 done already" in CliRunner().invoke(command, options).output
+    other = CliRunner().invoke(command, options)
+    assert other.exit_code == 2 and "began with other weights" in other.stderr
     gone = CliRunner().invoke(command, [*options[:-1], "nothing"])
     assert gone.exit_code == 2 and len(gone.stderr.splitlines()) == 1 and "nothing" in gone.stderr
 
