@@ -47,12 +47,17 @@ class NormalImage(nn.Module):
     def name(self) -> str:
         return f"normal, sigma {self.sigma:g}"
 
+    @property
+    def curvature(self) -> float:
+        """The second derivative of -log p by any pixel's mean, nats."""
+        return self.sigma**-2
+
     def forward(self, mean: Tensor) -> TorchDistribution:
         """:param mean: (..., C, H, W). The event is the whole image."""
         return NormalPixels(mean, self.sigma).to_event(3)
 
 
-def likelihood(kind: str, sigma: float, floor: float = 1e-5) -> nn.Module:
+def likelihood(kind: str, sigma: float, floor: float = 1e-5) -> BernoulliImage | NormalImage:
     """A likelihood by name. :raises UserError: for another."""
     if kind == "normal":
         return NormalImage(sigma)

@@ -63,7 +63,6 @@ class Cell:
     particles: int
     device: str
     mnist: str | None
-    start: str = ""  # the checkpoint whose weights all begin with, "" for random ones
 
     @property
     def label(self) -> str:
@@ -73,10 +72,7 @@ class Cell:
     def config(self) -> RunConfig:
         """:raises UserError: for settings that are none."""
         settings = [*self.settings, *self.varied]
-        return make_config(
-            self.model, self.data, self.preset, settings, self.steps, self.seed, start=self.start,
-            net=_networks(self.start, self.model) if self.start else None,
-        )
+        return make_config(self.model, self.data, self.preset, settings, self.steps, self.seed)
 
     def asked(self) -> dict[str, Any]:
         """What its figures are of."""
@@ -84,29 +80,20 @@ class Cell:
         asked = {"images": self.images, "particles": self.particles, "settings": settings}
         if self.data not in DATASETS:  # a file may have other images by now
             asked["file"] = _digest(self.data)
-        if self.start:  # likewise
-            asked["start"] = checkpoint.digest(checkpoint.find(self.start))
         return asked
 
     def check(self) -> None:
-        """:raises UserError: if its folder holds a run of other settings or of other weights."""
+        """:raises UserError: if its folder holds a run of other settings."""
         path = Path(self.out) / checkpoint.CONFIG
         if (path.parent / checkpoint.FILE).exists() and path.is_file():
             if RunConfig.from_dict(read_json(path)) != self.config():
                 raise UserError(f"{self.out} holds a run of other settings: give another --out")
-            kept = self._kept()
-            if kept and kept["asked"].get("start") != self.asked().get("start"):
-                raise UserError(f"{self.out} holds a run that began with other weights than"
-                                f" {self.start} has now: give another --out")
 
     def figures(self) -> dict[str, Any] | None:
         """Its figures, if they are those that are asked for."""
-        kept = self._kept()
-        return kept if kept and kept["asked"] == self.asked() else None
-
-    def _kept(self) -> dict[str, Any] | None:
         path = Path(self.out) / FIGURES
-        return read_json(path, ("asked",)) if path.is_file() else None
+        kept = read_json(path, ("asked",)) if path.is_file() else None
+        return kept if kept and kept["asked"] == self.asked() else None
 
 
 def seeds(text: str) -> tuple[int, ...]:
@@ -171,11 +158,6 @@ def cells(
 @lru_cache
 def _digest(data: str) -> str:
     return load(data).digest()
-
-
-@lru_cache
-def _networks(start: str, model: str) -> Any:
-    return checkpoint.networks(start, model)
 
 
 def run_cell(cell: Cell) -> None:

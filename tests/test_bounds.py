@@ -196,6 +196,15 @@ def test_a_guide_that_covers_a_part_gives_a_smaller_mean() -> None:
     assert log_joint(tiny(), x, 2, not_near) < log_joint(tiny(), x, 2) - 0.1
 
 
+def test_a_normal_mean_is_the_sum_of_sprites_also_beyond_1() -> None:
+    model = with_counts(tiny(likelihood="normal", sigma=0.7), 2)
+    model.sprite_net, model.appearance_net = Fixed(torch.full((1, 1, 3, 3), 0.9)), Prior()
+    x = 2 * image(SQUARE)
+    torch.manual_seed(2)
+    weights = bounds.log_weights(model, repeated(x, 20), 5000, chunk=20_000)
+    agrees(weights, log_joint(model, x.numpy(), 2, nodes=1), 0.03)
+
+
 @pytest.mark.parametrize("size", [SQUARE, WIDE])
 def test_other_sizes_than_the_trained_one(size) -> None:
     """Made for 4 x 8 and 4 x 4, evaluated on the other; sprites add up beyond 1 here."""

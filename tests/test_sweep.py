@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
-from pyro_scenes import checkpoint, sweep
+from pyro_scenes import sweep
 from pyro_scenes.cli import sweep as command
 from pyro_scenes.errors import Terminated, UserError
 from pyro_scenes.files import write_json
@@ -240,32 +239,6 @@ def test_a_sweep_trains_measures_and_goes_on(data, tmp_path) -> None:
     again = invoke(data, tmp_path / "out", "--grid", "batch_size=4")
     assert again.exit_code == 0 and "1 runs, 1 done already" in again.output
     assert (run / "figures.json").stat().st_mtime_ns == kept
-
-
-def test_all_runs_begin_with_the_weights_of_another(data, tmp_path) -> None:
-    """And its networks, not the preset's. Of other weights of that name they are no runs."""
-    assert invoke(data, tmp_path / "out").exit_code == 0
-    begun = tmp_path / "out" / "preset" / "seed0" / "checkpoint.pt"
-    options = [
-        "--model", "conv-vae", "--data", data, "--steps", "1", "--set", "eval_images=2",
-        "--set", "learning_rate=0.0", "--seeds", "0-1", "--images", "4", "--particles", "2",
-        "--device", "cpu", "--out", str(tmp_path / "more"), "--from", str(begun),
-    ]
-    result = CliRunner().invoke(command, options)
-    assert result.exit_code == 0, result.output
-    weights = checkpoint.load(begun).model.state_dict()
-    for seed in (0, 1):
-        run = checkpoint.load(tmp_path / "more" / "preset" / f"seed{seed}")
-        assert run.config.net.grid_width == 8 and run.config.start == str(begun)
-        found = run.model.state_dict()
-        assert all(torch.equal(found[name], value) for name, value in weights.items())
-    assert "2 done already" in CliRunner().invoke(command, options).output
-    assert invoke(data, tmp_path / "other", "--set", "learning_rate=0.1").exit_code == 0
-    (tmp_path / "other" / "preset" / "seed0" / "checkpoint.pt").replace(begun)
-    other = CliRunner().invoke(command, options)
-    assert other.exit_code == 2 and "began with other weights" in other.stderr
-    gone = CliRunner().invoke(command, [*options[:-1], "nothing"])
-    assert gone.exit_code == 2 and len(gone.stderr.splitlines()) == 1 and "nothing" in gone.stderr
 
 
 @pytest.mark.parametrize("kind, status", [(KeyboardInterrupt, 130), (Terminated, 143)])

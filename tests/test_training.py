@@ -644,13 +644,15 @@ def test_a_normal_likelihood_has_no_floor_and_is_the_auxiliary_vaes_too() -> Non
     trained = LAVAEObjective(LAVAESchedule(warmup_full=5, warmup_end=10), model, 100)
     for each in (model, trained.auxiliary):
         assert each.likelihood.name == "normal, sigma 0.4"
-    sigmas, guide = [], model.guide
-    model.guide = lambda x, encoded: sigmas.append(model.likelihood.sigma) or guide(x, encoded)
+    seen, guide = [], model.guide
+    model.guide = lambda x, encoded: seen.append(
+        (model.slope, model.curvature, {**vars(model.likelihood)})) or guide(x, encoded)
+    before = {**vars(model.likelihood)}
     for step in (0, 50):
-        torch.manual_seed(step)
         figures = trained.backward(model, torch.rand(4, 1, 16, 16), step)
         assert math.isfinite(figures["loss"])
-    assert sigmas == [0.4, 0.4] and not hasattr(model.likelihood, "floor")
+    assert seen == [(None, pytest.approx(1 / (0.4**2 * 4)), before)] * 2
+    assert (model.slope, model.curvature) == (None, None)
 
 
 @pytest.mark.parametrize("rest_from", [1.0, 0.4])

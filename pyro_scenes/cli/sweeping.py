@@ -20,8 +20,6 @@ if TYPE_CHECKING:
               help="A data set by name, such as multi-dsprites, an npz file or a folder of PNG "
               "files.")
 @click.option("--preset", metavar="NAME", default="fast", show_default=True)
-@click.option("--from", "start", metavar="CHECKPOINT", default="",
-              help="Begin all runs with the weights of a run, a file or a shipped checkpoint.")
 @click.option("--steps", metavar="N", type=click.IntRange(min=1),
               help="Training steps; default: the preset's.")
 @click.option("--seeds", metavar="A-B", default="0-4", show_default=True,
@@ -49,7 +47,7 @@ if TYPE_CHECKING:
 @device_option
 @mnist_option
 @version_option
-def sweep(model: str, data: str, preset: str, start: str, steps: int | None, seeds: str,
+def sweep(model: str, data: str, preset: str, steps: int | None, seeds: str,
           grid: tuple[str, ...], settings: tuple[str, ...], jobs: int, images: int,
           particles: int, out: Path, launcher: str, parameters: tuple[str, ...], device: str,
           mnist: Path | None) -> None:
@@ -75,7 +73,7 @@ def sweep(model: str, data: str, preset: str, start: str, steps: int | None, see
     found = sweeps.cells(
         grid, sweeps.seeds(seeds), out, model=model, data=data, preset=preset, steps=steps,
         settings=settings, images=images, particles=particles, device=device,
-        mnist=str(mnist) if mnist else None, start=start,
+        mnist=str(mnist) if mnist else None,
     )
     todo = [cell for cell in found if cell.figures() is None]
     for cell in todo:  # before the table of another sweep is written over

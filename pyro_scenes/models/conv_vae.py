@@ -76,7 +76,8 @@ PRESETS = {
     "paper": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=64, networks="paper"),
 }
 # preset -> data set -> what suits it
-SUITED = {preset: {"multi-sprites": {"likelihood": "normal"}} for preset in PRESETS}
+GREY = dict.fromkeys(("multi-sprites", "multi-sprites-small"), {"likelihood": "normal"})
+SUITED = dict.fromkeys(PRESETS, GREY)
 
 
 class GridNormal(nn.Module):
@@ -113,7 +114,7 @@ def normal(raw: Tensor) -> dist.TorchDistribution:
 
 
 class Means(nn.Module):
-    """Logits -> means of Bernoulli pixels, float32: bfloat16 knows none between 0.996 and 1."""
+    """Logits -> means of pixels, float32: bfloat16 knows none between 0.996 and 1."""
 
     def forward(self, logits: Tensor) -> Tensor:
         """Any shape -> the same."""
