@@ -117,7 +117,7 @@ def missing(figures: Mapping[str, dict[str, Any]]) -> list[str]:
 def grey(name: object) -> str:
     """Why a likelihood of that name is none of the images."""
     return (f"the images are grey, and a {name} likelihood is of binary ones;"
-            " a training with --set likelihood=normal has one of them")
+            " models of the package have one of them if trained with --set likelihood=normal")
 
 
 def likelihood(row: dict[str, Any]) -> str:

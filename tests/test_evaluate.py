@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_is_none() -> None:
     result = evaluate.evaluate(model, grey, particles=2, progress=False)
     assert report.table({"grey": result}).splitlines()[-1] == (
         "no -log p(x): the images are grey, and a bernoulli likelihood is of binary ones;"
-        " a training with --set likelihood=normal has one of them")
+        " models of the package have one of them if trained with --set likelihood=normal")
     assert [result[key] for key in ("nll", "curve", "ess", "split")] == [None] * 4
     # A model without objects has a likelihood, and no count.
     vae = ConvVAE(ConvVAEConfig(1, 2, 8), (1, 4, 4)).eval()

@@ -148,16 +148,17 @@ def test_a_failure_is_kept_and_shown(monkeypatch) -> None:
     assert "an image shows too many objects" in Path("RESULTS.md").read_text()
 
 
-@pytest.mark.parametrize("nll,count,named", [
-    ((40.0, 50.0), (1.0, 1.0), ["nll"]),  # means are compared
-    ((40.0, 47.0), (1.0, 1.0), []),
-    ((40.0, 40.0), (0.9989, 0.9990), ["count"]),
-    ((50.0, 50.0), (0.9, 1.0), ["nll", "count"]),
+@pytest.mark.parametrize("nll,count,likelihood,named", [
+    ((40.0, 50.0), (1.0, 1.0), "bernoulli", ["nll"]),  # means are compared
+    ((40.0, 47.0), (1.0, 1.0), "bernoulli", []),
+    ((40.0, 40.0), (0.9989, 0.9990), "bernoulli", ["count"]),
+    ((50.0, 50.0), (0.9, 1.0), "bernoulli", ["nll", "count"]),
+    ((50.0, 50.0), (0.9, 1.0), "normal, sigma 0.3", ["count"]),  # densities do not compare
 ])
-def test_cells_short_of_the_paper_are_named(nll, count, named) -> None:
+def test_cells_short_of_the_paper_are_named(nll, count, likelihood, named) -> None:
     """LAVAE's multi-dsprites has 43.9 nats and 0.999 of counts."""
     runs = [
-        {"figures": {"0-3 objects": {"nll": n, "count_accuracy": c}}}
+        {"figures": {"0-3 objects": {"nll": n, "count_accuracy": c, "likelihood": likelihood}}}
         for n, c in zip(nll, count, strict=True)
     ]
     content = {"settings": {"data": "multi-dsprites", "model": "lavae"}, "runs": runs}

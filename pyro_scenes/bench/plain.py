@@ -3,7 +3,8 @@
 The networks, the peaks and the placement are the model's own. What Pyro does is written out: the
 draws, their masses and densities, absent objects, and the sum. All objects of a batch are kept in
 one list of P = sum of n, image by image, so nothing is computed for absent ones but their noise.
-Only hard (straight-through) places are covered, which is what the fast preset trains with.
+Only hard (straight-through) places and Bernoulli images are covered, which is what the fast preset
+trains with.
 """
 
 from __future__ import annotations

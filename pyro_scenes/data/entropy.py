@@ -1,8 +1,8 @@
 """The entropy of the generated data, nats per image: no model's mean -log p(x) goes below it.
 
 It is known for the scenes of binary sprites (`generator.SpriteScenes`), whose pictures are
-discrete. It is the mean of -log p(x) over pictures x from the generator, so all that is needed is
-p(x), and that is exact:
+discrete: a density, as of a normal likelihood, has no such limit. It is the mean of -log p(x) over
+pictures x from the generator, so all that is needed is p(x), and that is exact:
 
 - A count n is uniform over the range of R counts.
 - What an object adds to a picture is the content of its room (`Sprites.room`) and a colour.

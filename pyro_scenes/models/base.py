@@ -220,7 +220,7 @@ class SceneModel(GenerativeModel):
         return value
 
     def render(self, scene: Scene) -> Tensor:
-        """The mean of p(x given scene), (B, C, H, W) in [0, 1]: the sum of its layers."""
+        """The sum of the layers, the mean of p(x given scene), cut off at 1, (B, C, H, W)."""
         return self.layers(scene).sum(1).clamp(0.0, 1.0)
 
     def layers(self, scene: Scene) -> Tensor:

@@ -57,7 +57,8 @@ def bound_figure(curve: Sequence[Mapping[str, Any]], entropy: float | None = Non
     Args:
         curve: "particles", "nll" and "nll_stderr" (None where unknown) of each point, in the order
             of the particles; as `evaluate` has it under "curve".
-        entropy: of the data, nats per image: a line that no model goes below but by chance.
+        entropy: of the data, nats per image: a line that no Bernoulli model goes below but by
+            chance.
 
     Raises:
         ValueError: no point.
