@@ -366,10 +366,18 @@ def table(result: dict[str, Any]) -> str:
     headings = ["setting", "seeds", *(heading for heading, *_ in COLUMNS)]
     headings += [f"to {level:.1%}" for level in LEVELS]
     rows = []
-    for entry in result["settings"]:
+    measured = [
+        [done["figures"] for done in entry["seeds"] if "figures" in done]
+        for entry in result["settings"]
+    ]
+    # Nats of different likelihoods do not compare.
+    several = len({seed["likelihood"] for figures in measured for seed in figures}) > 1
+    for entry, figures in zip(result["settings"], measured, strict=True):
         row = [entry["setting"], f"{entry['done']} of {len(entry['seeds'])}"]
-        figures = [done["figures"] for done in entry["seeds"] if "figures" in done]
-        row += [tables.spread(figures, key, digits) for _, key, digits in COLUMNS]
+        row += [
+            tables.bound(figures, digits) if several and key == "nll"
+            else tables.spread(figures, key, digits) for _, key, digits in COLUMNS
+        ]
         for level in LEVELS:
             met = entry["reached"].get(f"{level:.1%}")
             few = f" ({met['seeds']} seeds)" if met and met["seeds"] < entry["done"] else ""

@@ -38,9 +38,9 @@ def spread(figures: list[dict], key: str, digits: int) -> str:
     return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def bound(figures: list[dict]) -> str:
+def bound(figures: list[dict], digits: int = 1) -> str:
     """The bound on -log p(x) over seeds, nats, with the likelihood it is under."""
-    text = spread(figures, "nll", 1)
+    text = spread(figures, "nll", digits)
     return text if text == "-" else f"{text} ({figures[0]['likelihood']})"
 
 

@@ -77,11 +77,14 @@ def test_levels_are_reached_at_the_first_look_that_has_them() -> None:
     assert sweep.reached({"loss": ([1], [1.0])}, 5.0) == {}
 
 
-def finished(cell: sweep.Cell, nll: float, met: dict[str, Any]) -> None:
+def finished(
+    cell: sweep.Cell, nll: float, met: dict[str, Any], likelihood: str = "bernoulli"
+) -> None:
     out = Path(cell.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / sweep.FIGURES).write_text(json.dumps({
-        "asked": cell.asked(), "figures": {"nll": nll, "count_accuracy": None},
+        "asked": cell.asked(),
+        "figures": {"nll": nll, "likelihood": likelihood, "count_accuracy": None},
         "step": 3, "seconds": 6.0, "machine": "m", "reached": met,
     }))
 
@@ -114,6 +117,17 @@ def test_the_table_has_means_spreads_medians_and_failures(tmp_path) -> None:
         "| ramp=1 | 3 of 3 | 3.00 +- 2.65 | 150 steps, 15 s (2 seeds) |",
         "| ramp=2 | 0 of 3 | - | - |",
         f"failed: ramp=2, seed 1: Error: no luck ({found[4].out})",
+    ]
+
+
+def test_nats_of_several_likelihoods_are_told_apart(tmp_path) -> None:
+    found = sweep.cells(["likelihood=normal,bernoulli"], (0, 1), tmp_path, **COMMON)
+    for cell, nll in zip(found, (-9.0, -8.0, 40.0, 42.0), strict=True):
+        kind = cell.config().net.likelihood
+        finished(cell, nll, {}, "normal, sigma 0.3" if kind == "normal" else kind)
+    assert sweep.table(sweep.summary(found, {})).split("\n")[2:] == [
+        "| likelihood=normal | 2 of 2 | -8.50 +- 0.71 (normal, sigma 0.3) |",
+        "| likelihood=bernoulli | 2 of 2 | 41.00 +- 1.41 (bernoulli) |",
     ]
 
 
