@@ -47,11 +47,6 @@ class NormalImage(nn.Module):
     def name(self) -> str:
         return f"normal, sigma {self.sigma:g}"
 
-    @property
-    def curvature(self) -> float:
-        """The second derivative of -log p by any pixel's mean, nats."""
-        return self.sigma**-2
-
     def forward(self, mean: Tensor) -> TorchDistribution:
         """:param mean: (..., C, H, W). The event is the whole image."""
         return NormalPixels(mean, self.sigma).to_event(3)

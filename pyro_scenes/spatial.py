@@ -21,7 +21,6 @@ def place_sprites(
     size: tuple,
     slope: float | None = None,
     reach: int | None = None,
-    curvature: float | None = None,
 ) -> Tensor:
     """Convolve each sprite with its place and add up the objects of each image (LAVAE, eq. 4).
 
@@ -35,12 +34,9 @@ def place_sprites(
         would ever gain.
     :param reach: where all places are one-hot, their gradient is taken at so many pixels round
         each alone, less that at the place itself. Farther away it is 0, as at the place.
-    :param curvature: of what has the gradient, in each value of the canvas, where it is the same
-        everywhere. Within ``reach`` the gradient is then no linearisation, but what a move of the
-        object would change, but for what a canvas's edge cuts off.
     :return: (B, C, H, W); parts of a sprite beyond the canvas are cut.
     """
-    given = sprites, places, image, size, slope, reach, curvature
+    given = sprites, places, image, size, slope, reach
     if has_torch_function(given):  # as Pyro's tensors that know which draws they depend on
         return handle_torch_function(place_sprites, given, *given)
     return _Place.apply(*given)
@@ -54,12 +50,11 @@ class _Place(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, sprites, places, image, size, slope, reach, curvature):
+    def forward(ctx, sprites, places, image, size, slope, reach):
         batch, height, width = size
         count, channels, side, _ = sprites.shape
         hard = bool((places.detach().amax(-1) == 1).all())
         ctx.size, ctx.slope, ctx.reach, ctx.hard = size, slope, reach, hard
-        ctx.curvature = curvature
         ctx.save_for_backward(sprites, places, image)
         if not hard:
             maps = places.view(count, 1, height, width)
@@ -78,7 +73,7 @@ class _Place(torch.autograd.Function):
         _, height, width = ctx.size
         count, channels, side, _ = sprites.shape
         if count == 0:  # FFTs refuse it
-            return torch.zeros_like(sprites), torch.zeros_like(places), *(None,) * 5
+            return torch.zeros_like(sprites), torch.zeros_like(places), None, None, None, None
         half = side // 2
         grad_sprites = grad_places = None
         if ctx.needs_input_grad[0]:
@@ -91,13 +86,11 @@ class _Place(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             limited = grad if ctx.slope is None else grad.clamp(-ctx.slope, ctx.slope)
             if ctx.hard and ctx.reach is not None:
-                grad_places = _near_scores(
-                    limited, sprites, image, places, ctx.reach, ctx.curvature
-                )
+                grad_places = _near_scores(limited, sprites, image, places, ctx.reach)
             else:
                 grad_places = _scores(limited, sprites, image)
             grad_places = grad_places.reshape(count, height * width)
-        return grad_sprites, grad_places, *(None,) * 5
+        return grad_sprites, grad_places, None, None, None, None
 
 
 def _convolve(a: Tensor, b: Tensor) -> Tensor:
@@ -130,8 +123,7 @@ def _scores(canvas: Tensor, sprites: Tensor, image: Tensor) -> Tensor:
 
 
 def _near_scores(
-    canvas: Tensor, sprites: Tensor, image: Tensor, places: Tensor, reach: int,
-    curvature: float | None = None,
+    canvas: Tensor, sprites: Tensor, image: Tensor, places: Tensor, reach: int
 ) -> Tensor:
     """The same within reach of each place, less the score at the place; elsewhere 0, (P, H, W)."""
     height, width = canvas.shape[-2:]
@@ -139,11 +131,6 @@ def _near_scores(
     around = crops(canvas, place, sprites.shape[-1] + 2 * reach, image)
     scores = _correlate(around, sprites)[..., :side, :side].sum(1, keepdim=True)  # (P, 1, ., .)
     scores = scores - scores[..., reach, None, reach, None]
-    if curvature is not None:
-        # Half the square of what changes where the sprite is moved from its place.
-        alone = F.pad(sprites, (reach,) * 4)
-        alike = _correlate(alone, sprites)[..., :side, :side].sum(1, keepdim=True)
-        scores = scores + curvature * (alike[..., reach, None, reach, None] - alike)
     padded = height + 2 * reach, width + 2 * reach
     maps = scores.new_zeros(len(place) * padded[0] * padded[1])
     index = _window_index(place, torch.arange(len(place), device=place.device), 1, side, width,

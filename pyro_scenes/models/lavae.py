@@ -52,8 +52,10 @@ Where the fast preset leaves the paper, and why:
   places is 1.0 and 1.4 times as long as that for a background's mean of 0.2 and 0.03; straight
   through it is 1.1, 3 and 18 times as long for 0.2, 0.03 and 0.003, and with the limits that the
   fast preset's training sets 1.0, 0.7 and 0.45 times: it points the right way, and its length says
-  little. Of a normal likelihood it is what moving the object would change, not a linearisation, and
-  its mean 1.0 to 1.6 times as long, with a cosine of 0.98 or more (tests/test_gradients.py).
+  little. Of a normal likelihood no pixel of a sprite that fits has a slope: with sigma 0.3 it is
+  0.65 times as long for a place whose mass is 0.04, 0.28 times for 0.45, and turns against one of
+  0.98, so that no place becomes quite sure (tests/test_gradients.py). The exact one, which can be
+  had for it, made places sure before sprites lay in the middle of their windows (RUNS.md).
 - At the end of a training, or before p(z_app) is fitted, the location network learns from scenes
   that the model dreams, in place of the bound (objectives/dreams.py): exact places and counts, of
   crowds too.
@@ -202,7 +204,6 @@ class LAVAE(SceneModel):
         self.temperature: float | None = None  # of the places' gradient; a training sets it
         self.slope: float | None = None  # limits that gradient, see place_sprites; likewise
         self.reach: int | None = None  # of that gradient round a place, pixels; likewise
-        self.curvature: float | None = None  # makes it exact, see place_sprites; likewise
         # Where batch normalisation reads the batches of several processes, the networks of objects
         # run in all of them, or none. Likewise.
         self.slots = 0
@@ -252,9 +253,7 @@ class LAVAE(SceneModel):
             where, what = _listed(present, places), _listed(present, appearances)  # (P, D), (P, L)
             sprites = self.sprite_net(what)  # (P, C, S, S)
             shape = n.numel(), *size
-            canvas = place_sprites(
-                sprites, where, row, shape, self.slope, self.reach, self.curvature
-            )
+            canvas = place_sprites(sprites, where, row, shape, self.slope, self.reach)
             mean = canvas.view(*n.shape, *x.shape[1:])  # lambda of eq. 4
             pyro.sample("x", self.likelihood(mean), obs=x)
             slopes = self._slopes(x, n, canvas, sprites, where, row, slot)

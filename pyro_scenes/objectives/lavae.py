@@ -51,7 +51,7 @@ class LAVAESchedule:
     temperature: float = 1.0  # of the places' Gumbel-softmax gradient
     temperature_end: float = 0.5  # to which it falls
     temperature_steps: int = 1000  # within so many steps
-    slope: float = 5.0  # limit of the places' gradient, nats a pixel, of Bernoulli images; or 0
+    slope: float = 5.0  # limit of the places' gradient, nats a pixel; 0 for none
     reach: int = 5  # of that gradient round a drawn place, pixels; 0 for everywhere
     floor: float = 0.03  # of Bernoulli means; falls to the model's own
     floor_begin: int = 600  # from this step on,
@@ -238,19 +238,16 @@ class LAVAEObjective(Objective):
             model.guide(x, Encoded(encoded.heights, count, probed & ~alone))
 
         temperature = falling(step, s.temperature, s.temperature_end, 0, s.temperature_steps)
-        softened, slope, curvature = {}, None, None
+        softened = {}
         if isinstance(model.likelihood, BernoulliImage):
-            least, slope = model.config.likelihood_floor, s.slope / len(x) or None
+            least = model.config.likelihood_floor
             softened["floor"] = falling(step, s.floor, least, s.floor_begin, s.floor_end)
-        else:  # no pixel's slope is more than covering it would gain
-            curvature = model.likelihood.curvature / len(x)
         with (
             temporarily(
                 model,
                 temperature=temperature,
-                slope=slope,
+                slope=s.slope / len(x) or None,
                 reach=s.reach or None,
-                curvature=curvature,
                 slots=int(distributed.world() > 1),
             ),
             temporarily(model.likelihood, **softened),
