@@ -12,6 +12,8 @@ from torch.distributions import constraints
 
 from pyro_scenes.errors import UserError
 
+FLOOR = 1e-5  # Bernoulli means are kept this far from 0 and 1, unless told otherwise
+
 
 class BernoulliImage(nn.Module):
     """Independent Bernoulli pixels and channels (LAVAE, eq. 12).
@@ -24,7 +26,7 @@ class BernoulliImage(nn.Module):
     name = "bernoulli"
     binary = True  # of grey values it is no density
 
-    def __init__(self, floor: float = 1e-5):
+    def __init__(self, floor: float = FLOOR):
         super().__init__()
         self.floor = floor
 
@@ -52,7 +54,7 @@ class NormalImage(nn.Module):
         return NormalPixels(mean, self.sigma).to_event(3)
 
 
-def likelihood(kind: str, sigma: float, floor: float = 1e-5) -> BernoulliImage | NormalImage:
+def likelihood(kind: str, sigma: float, floor: float = FLOOR) -> BernoulliImage | NormalImage:
     """A likelihood by name. :raises UserError: for another."""
     if kind == "normal":
         return NormalImage(sigma)

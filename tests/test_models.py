@@ -94,7 +94,7 @@ TABLE = {
         lambda: LAVAE(PAPER, SHAPE), guide_of_two, {"temperature": 0.5},
         {"location_net.head.bias": "a softmax does not see a constant"},
     ),
-    "lavae, of grey images": Row(
+    "lavae, a normal likelihood": Row(
         lambda: LAVAE(replace(FAST, likelihood="normal"), SHAPE), guide_of_two, {"temperature": 0.5}
     ),
     "lavae, a flow for a prior": Row(
@@ -128,7 +128,7 @@ TABLE = {
         lambda: AIR(replace(ATTEND, networks="paper"), SHAPE), unreached=BASELINE
     ),
     "conv-vae": Row(lambda: informed(ConvVAE(ConvVAEConfig(2, 2, 8, "fast"), SHAPE))),
-    "conv-vae, of grey images": Row(
+    "conv-vae, a normal likelihood": Row(
         lambda: informed(ConvVAE(ConvVAEConfig(2, 2, 8, "fast", "normal"), SHAPE))
     ),
     "conv-vae, paper's networks": Row(lambda: ConvVAE(ConvVAEConfig(8, 2, 8, "paper"), SHAPE)),

@@ -18,6 +18,8 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.machine import own_parameters
 from pyro_scenes.scene import Scene
 
+# What suits the data sets of grey images whose sides every model reads.
+GREY = dict.fromkeys(("multi-sprites", "multi-sprites-small"), {"likelihood": "normal"})
 ROUNDED = 1e-3  # so far beyond 0 and 1 a value may be that was rounded
 NUMBERS = itertools.count()  # of models, for their names
 

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import likelihood
-from pyro_scenes.models.base import GenerativeModel
+from pyro_scenes.models.base import GREY, GenerativeModel
 from pyro_scenes.nets import PHASES, ConvBlock, GatedBlock, PhaseNet, ResidualBlock, cells, widened
 
 BLOCKS = 4  # residual blocks on each side of the paper's networks
@@ -76,7 +76,6 @@ PRESETS = {
     "paper": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=64, networks="paper"),
 }
 # preset -> data set -> what suits it
-GREY = dict.fromkeys(("multi-sprites", "multi-sprites-small"), {"likelihood": "normal"})
 SUITED = dict.fromkeys(PRESETS, GREY)
 
 

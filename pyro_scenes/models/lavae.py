@@ -89,7 +89,7 @@ from pyro_scenes import nets, priors
 from pyro_scenes.distributions import USED, OneHotPlace, one_hot
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import BernoulliImage, NormalImage, likelihood
-from pyro_scenes.models.base import SceneModel
+from pyro_scenes.models.base import GREY, SceneModel
 from pyro_scenes.scene import Scene
 from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks
 
@@ -146,7 +146,6 @@ PRESETS = {"fast": LAVAEConfig(), "paper": PAPER}
 DIGITS = {"sprite_hidden": (384, 512), "appearance_hidden": 256, "count_window": 13, "dreams": 0}
 # Sprites of the paper's digits are smaller, and their places learn more slowly (appendix B).
 PAPER_DIGITS = {"sprite": 17, "location_learning_rate": 1e-4}
-GREY = dict.fromkeys(("multi-sprites", "multi-sprites-small"), {"likelihood": "normal"})
 SUITED = {
     "fast": {"multi-mnist-1k": DIGITS, "multi-mnist-10k": DIGITS, **GREY},
     "paper": {"multi-mnist-1k": PAPER_DIGITS, "multi-mnist-10k": PAPER_DIGITS, **GREY},
