@@ -15,6 +15,7 @@ All are in nats, per image.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from pyro_scenes.models import GenerativeModel, base
 
 # Particles times images at a time. On a CPU, larger tensors than those of so many images are memory
 # that the system gives and takes back at every operation, which takes as long as the arithmetic.
-CHUNKS = {"cpu": 100, "cuda": 1000}
+CHUNKS = defaultdict(lambda: 100, cuda=1000)
 # Nats that stand for an infinite number of them: what an image costs whose count cannot be, which a
 # presence gives priors.NEVER for, and a count -inf.
 IMPOSSIBLE = 1e20
@@ -207,6 +208,7 @@ def _chunks(
     model: GenerativeModel, x: Tensor, particles: int, chunk: int | None
 ) -> Iterator[dict[str, Tensor]]:
     _check(len(x), particles)
+    model.check_kind(x)
     step = max(1, (chunk or CHUNKS[x.device.type]) // len(x))
     for start in range(0, particles, step):
         yield _terms(model, x, min(step, particles - start))

@@ -76,7 +76,7 @@ class AIRConfig:
     scale_mean: float = 0.25  # of half the image's side, the prior's median
     scale_deviation: float = 0.3  # of its logarithm
     place_deviation: float = 0.5  # of half the image's side
-    likelihood: str = "normal"  # or bernoulli
+    likelihood: str = "normal"  # normal or bernoulli
     sigma: float = 0.3  # of the normal likelihood
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
     more: float = 0.5  # geometric prior: probability of one more object

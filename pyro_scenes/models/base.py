@@ -134,16 +134,22 @@ class GenerativeModel(PyroModule):
                 f" not of shape {tuple(x.shape[1:])}"
             )
 
-    def check_values(self, x: Tensor) -> None:
-        """The same, and their values, which a density may be asked of whatever they are.
-
-        :raises UserError: as `check`, for values beyond 0 and 1 or none, and for numbers that are
-            not of the model's kind.
+    def check_kind(self, x: Tensor) -> None:
+        """:raises UserError: as `check`, and for other numbers or another device than the model's.
         """
         self.check(x)
+        if x.device != self.device:
+            raise UserError(f"images are on {x.device} and the model on {self.device}: move one")
         dtype = next(self.parameters()).dtype
         if x.dtype != dtype:
             raise UserError(f"images are {dtype} as the model, not {x.dtype}")
+
+    def check_values(self, x: Tensor) -> None:
+        """The same, and their values, which a density may be asked of whatever they are.
+
+        :raises UserError: as `check_kind`, and for values beyond 0 and 1 or none.
+        """
+        self.check_kind(x)
         least, most = x.aminmax() if x.numel() else (0.0, 1.0)
         if not (least >= -ROUNDED and most <= 1 + ROUNDED):
             raise UserError(
@@ -163,12 +169,14 @@ class GenerativeModel(PyroModule):
     def priors(self, **priors: nn.Module) -> Iterator[None]:
         """Swap priors for a while: ``with model.priors(count=UniformCount(5, 6)): ...``.
 
+        They are moved to where the model is.
+
         :raises UserError: for a prior that the model does not have.
         """
         before = {name: self.prior(name) for name in priors}
         try:
             for name, prior in priors.items():
-                setattr(self, f"{name}_prior", prior)
+                setattr(self, f"{name}_prior", prior.to(self.device))
             yield
         finally:
             for name, prior in before.items():

@@ -67,7 +67,7 @@ class ConvVAEConfig:
     grid_stages: int = 2  # halvings of the image
     grid_width: int = 32  # channels
     networks: str = "auxiliary"  # auxiliary, fast or paper
-    likelihood: str = "bernoulli"  # or normal
+    likelihood: str = "bernoulli"  # normal or bernoulli
     sigma: float = 0.3  # of the normal likelihood
 
 

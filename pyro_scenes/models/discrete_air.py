@@ -120,7 +120,7 @@ class DiscreteAIRConfig:
     scale_least: float = 0.08  # of half the image's side, of isotropic ones the sides' mean
     scale_most: float = 0.5  # likewise
     angle_deviation: float = 2.0  # of the prior, radians
-    likelihood: str = "normal"  # or bernoulli
+    likelihood: str = "normal"  # normal or bernoulli
     sigma: float = 0.3  # of the normal likelihood, and of what guides take an image to gain by
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
     more: float = 0.5  # geometric prior: probability of one more object

@@ -122,7 +122,7 @@ class LAVAEConfig:
     count_window: int = 9  # side of the window that a peak is the largest of, pixels, odd
     blocked_window: int = 13  # side of the window shut after a draw, pixels, odd; 1 as the paper
     straight_through: bool = True  # hard places in training
-    likelihood: str = "bernoulli"  # or normal
+    likelihood: str = "bernoulli"  # normal or bernoulli
     sigma: float = 0.3  # of the normal likelihood
     likelihood_floor: float = 1e-5  # Bernoulli means are kept this far from 0 and 1
     appearance_prior: str = "normal"  # p(z_app): or mixture:K or flow:L, learned with the rest
