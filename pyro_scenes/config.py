@@ -38,6 +38,7 @@ class TrainConfig:
 
 
 LAVAE_PAPER = TrainConfig(
+    # Appendix B says over how many steps all that is annealed is, not how many there are.
     steps=100_000, optimizer="adamax", beta2=0.999, clip=0.0, precision="float32", eval_every=1000
 )
 AIR_PAPER = TrainConfig(
@@ -52,7 +53,7 @@ TRAINING = {
     "conv-vae": {
         # Small batches: a minute of them learns more.
         "fast": TrainConfig(steps=20_000, batch_size=16, beta2=0.999, eval_every=1000),
-        "paper": replace(LAVAE_PAPER, steps=200_000),  # half of them after beta has risen
+        "paper": replace(LAVAE_PAPER, steps=200_000),  # half after the 100,000 of beta's rise
     },
 }
 

@@ -138,7 +138,7 @@ class Run:
         distributed.synced(self.model).to(self.device)
         self.model.check(self.data.batch(slice(0, 1)))
         self.objective = objective(config.model)(config.schedule, self.model, settings.steps)
-        self.objective.modules.to(self.device)
+        distributed.synced(self.objective.modules).to(self.device)
         groups: dict[str, list[nn.Parameter]] = self.model.groups() | {
             name: list(module.parameters()) for name, module in self.objective.modules.items()
         }

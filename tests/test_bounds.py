@@ -292,6 +292,7 @@ def test_the_bound_is_the_mean_of_the_weights() -> None:
     weights = bounds.log_weights(model, x, 11).double().exp()
     torch.manual_seed(7)
     bound = bounds.iwae(model, x, 11)
+    assert bound.dtype == x.dtype
     assert np.allclose(bound, weights.mean(0).log(), rtol=1e-5)
 
 
@@ -603,6 +604,17 @@ def test_images_of_a_data_set_come_in_order() -> None:
     assert torch.allclose(in_parts.bounds[-1], at_once.bounds[-1], atol=0.06)
     assert torch.allclose(in_parts.bounds[-1], alone.double(), atol=0.06)
     assert alone.diff().abs().min() > 0.12  # images differ by more than noise
+
+
+def test_a_seed_tells_the_draws_whatever_came_before() -> None:
+    """Chunks of alike images have draws of their own."""
+    model = with_counts(tiny(), 1)
+    data = SceneData.from_images("alike", np.zeros((3, 4, 4, 1), np.uint8))
+    one, again, other = (
+        bounds.measure(model, data, 4, chunk=4, seed=seed).bounds for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again) and (one != other).any()
+    assert len(one[-1].unique()) == 3
 
 
 def test_a_site_that_an_image_lacks_adds_nothing_to_it() -> None:

@@ -25,8 +25,15 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.evaluate import evaluate
 from pyro_scenes.likelihoods import NormalImage
 from pyro_scenes.models import conv_vae
-from pyro_scenes.models.conv_vae import PRESETS, ConvVAE, ConvVAEConfig, GridNormal, GridPhases
-from pyro_scenes.nets import PhaseNet
+from pyro_scenes.models.conv_vae import (
+    AUXILIARY,
+    PRESETS,
+    ConvVAE,
+    ConvVAEConfig,
+    GridNormal,
+    GridPhases,
+)
+from pyro_scenes.nets import PhaseNet, ResidualBlock
 from pyro_scenes.objectives.conv_vae import ConvVAEObjective, ConvVAESchedule
 
 NETWORKS = ["fast", "paper", "auxiliary"]
@@ -411,6 +418,41 @@ def test_the_papers_layers() -> None:
     strides = [m.stride for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert strides.count((2, 2)) == 3 and strides.count((1, 1)) == len(strides) - 3
     assert sum(isinstance(m, nn.ConvTranspose2d) for m in model.modules()) == 2
+
+
+def test_the_papers_auxiliary_vae() -> None:
+    """11 x 11 x 8 latent variables, three residual blocks, downsampling between them."""
+    model = ConvVAE(AUXILIARY["paper"], (3, 64, 64)).eval()
+    ((*_, z),) = drawn(model, images(1, (3, 64, 64)))
+    assert z.shape == (1, 8, 11, 11)
+    assert sides(model.encoder, torch.zeros(1, 3, 66, 66)) == [66, 66, 22, 22, 11, 11, 11]
+    assert sides(model.decoder, torch.zeros(1, 8, 11, 11)) == [11, 11, 22, 22, 66, 66, 66, 66]
+    for part in (model.encoder, model.decoder):
+        assert sum(isinstance(module, ResidualBlock) for module in part.modules()) == 3
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (16, 20), (36, 4)])
+def test_cells_of_the_papers_auxiliary_vae_reach_beyond_the_image(height, width) -> None:
+    """All sides that suit LAVAE suit it, and cell i is of the pixels round 6 i + 2.5 less what
+    lies before the first.
+    """
+    model = ConvVAE(AUXILIARY["paper"], (1, 64, 64)).eval()
+    x = images(2, (1, height, width)).requires_grad_()
+    rows, columns = -(-height // 6), -(-width // 6)
+    assert model.kl_map(x).shape == (2, rows, columns)
+    assert model.reconstruct(x.detach()).shape == x.shape
+    assert torch.isfinite(iwae(model, x.detach(), 2)).all()
+    row = rows // 2
+    model.encode(x)[:, :, row].square().sum().backward()
+    assert x.grad is not None
+    seen = x.grad.abs().amax((0, 1, 3)).nonzero().flatten()
+    if len(seen) < height:  # not cut off by the edges
+        centre = 6 * row + 2.5 - -height % 6 // 2
+        assert (seen[0] + seen[-1]).item() / 2 == pytest.approx(centre, abs=1)
+    mean = model.decode(torch.zeros(1, 8, rows, columns))
+    top, left = -height % 6 // 2, -width % 6 // 2
+    whole = model.decode(torch.zeros(1, 8, rows, columns), (height, width))
+    assert torch.equal(whole, mean[..., top:, left:][..., :height, :width])
 
 
 def sides(net: nn.Sequential, x: Tensor) -> list[int]:

@@ -70,6 +70,7 @@ def gradients(model_name: str, preset: str, data: str, step: int) -> dict[str, A
     torch.manual_seed(3)
     model = distributed.synced(checkpoint.build(config, (1, SIDE, SIDE)))
     objective = OBJECTIVES[model_name][0](config.schedule, model, STEPS[-1])
+    distributed.synced(objective.modules)
     numbers = distributed.part(np.arange(BATCH))
     x = images()[numbers]
     model.train()

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from scipy import stats
@@ -100,12 +101,12 @@ def relaxed(logits: np.ndarray, uniform: np.ndarray, temperature: float) -> np.n
 @pytest.mark.parametrize("hard", [True, False])
 def test_the_gradient_is_that_of_the_relaxed_vector_with_the_same_noise(hard) -> None:
     temperature, weights = 0.7, torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
-    logits = LOGITS.double().expand(6, 4).clone().requires_grad_()
+    logits = LOGITS.double().expand(2, 3, 4).clone().requires_grad_()
     torch.manual_seed(3)
     drawn = OneHotPlace(logits, temperature, hard).rsample()
     (drawn * weights).sum().backward()
     torch.manual_seed(3)
-    uniform = torch.rand(6, 4, dtype=torch.float64).numpy()
+    uniform = torch.rand(2, 3, 4, dtype=torch.float64).numpy()
     soft = relaxed(LOGITS.double().numpy(), uniform, temperature)
     # d(w . s)/d logit_j = s_j (w_j - w . s) / temperature for s = softmax(. / temperature).
     w = weights.numpy()
@@ -249,6 +250,20 @@ def test_the_bernoulli_image_keeps_its_means_off_the_ends() -> None:
     assert log_prob.tolist() == pytest.approx([math.log(0.3 * 0.7 * 0.1 * 0.1)])
 
 
+def test_the_bernoulli_image_draws_each_pixel_by_its_mean() -> None:
+    torch.manual_seed(0)
+    mean = torch.tensor([0.25, 1.0]).view(2, 1, 1, 1).expand(2, 1, 3, 4)
+    site = BernoulliImage(0.1)(mean).expand((5, 2))
+    draws = site.sample((2000,))
+    assert draws.shape == (2000, 5, 2, 1, 3, 4) and ((draws == 0) | (draws == 1)).all()
+    pixels = draws.transpose(2, -1).flatten(0, -2)  # one row a pixel, of the two images
+    assert pixels.mean(0).tolist() == pytest.approx([0.3, 0.9], abs=0.01)
+    assert (draws[:, 0] != draws[:, 1]).any()  # expanded draws are independent
+    ones = draws.sum((-3, -2, -1)).double()
+    expected = ones * torch.tensor([0.3, 0.9]).log() + (12 - ones) * torch.tensor([0.7, 0.1]).log()
+    assert torch.allclose(site.log_prob(draws).double(), expected, atol=1e-4)
+
+
 def test_the_normal_image_has_the_density_of_normal_pixels() -> None:
     rng = np.random.default_rng(0)
     image, mean = rng.random((2, 5, 3, 4, 4))
@@ -265,3 +280,5 @@ def test_the_normal_image_refuses_what_is_no_number_where_that_is_checked() -> N
     image = torch.full((1, 2, 2), math.nan)
     with pytest.raises(ValueError, match="value"):
         NormalImage()(torch.zeros(1, 2, 2)).log_prob(image)
+    with pyro.validation_enabled(False):
+        assert NormalImage()(torch.zeros(1, 2, 2)).log_prob(image).isnan()

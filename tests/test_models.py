@@ -133,6 +133,9 @@ TABLE = {
     ),
     "conv-vae, paper's networks": Row(lambda: ConvVAE(ConvVAEConfig(8, 2, 8, "paper"), SHAPE)),
     "conv-vae, LAVAE's auxiliary": Row(lambda: ConvVAE(ConvVAEConfig(2, 2, 8), SHAPE)),
+    "conv-vae, LAVAE's auxiliary, paper's networks": Row(
+        lambda: ConvVAE(ConvVAEConfig(2, 2, 8, "paper-auxiliary"), SHAPE)
+    ),
 }
 SCENES = [name for name, row in TABLE.items() if isinstance(row.build(), SceneModel)]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
               help="A data set by name, such as multi-dsprites, or an npz file or a folder of PNG "
               "files, of which the last 5% is held out.")
 @click.option("--preset", metavar="NAME", default="fast", show_default=True,
-              help="fast, or paper for the paper's networks and schedule.")
+              help="fast, or paper for the paper's networks and schedule, as far as it says them.")
 @click.option("--from", "start", metavar="CHECKPOINT", default="",
               help="Begin with the weights of a run, a file or a shipped checkpoint, and its "
               "networks' settings, not with random weights.")

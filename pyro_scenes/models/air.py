@@ -15,7 +15,8 @@ symbol     shape              meaning
 =========  =================  ================================================================
 x          (B, C, H, W)       image
 z_pres_t   (B,)               0 or 1, in training too
-z_where_t  (B, 3)             scale, translation x, y
+z_where_t  (B, 3)             of scale, translation x, y, which `AIR.pose` makes of its numbers,
+                              N(0, I) each: a scale is log-normal
 z_what_t   (B, L)             appearance
 C_t        (B, C, H, W)       canvas after t objects
 h_t        (B, h)             state of the LSTM
@@ -37,8 +38,9 @@ as a flat vector; an object far from the place that is looked at gives its posit
 With `contrast` ST is sharpened by a learned exponent (`nets.Contrast`), where the paper has none: a
 window that is drawn at another size has no edges as sharp as those of binary images.
 
-In both presets a window is read from what is left of x, so that objects which touch are told apart;
-AIR reads it from x.
+In both presets the scale's prior is of about the size of the data's objects, where the paper says
+of its normal neither mean nor size; and a window is read from what is left of x, so that objects
+which touch are told apart, where AIR reads it from x.
 """
 
 from __future__ import annotations
@@ -103,7 +105,12 @@ SUITED = {
         "multi-mnist-10k": BINARY,
         "multi-dsprites": BINARY | {"contrast": True},
     },
-    "paper": {"multi-mnist": DIGITS | {"steps": 328_125}},  # 420 epochs of 50,000 images
+    "paper": {
+        "multi-mnist": DIGITS | {"steps": 328_125},  # 420 epochs of 50,000 images
+        **dict.fromkeys(
+            ("multi-mnist-1k", "multi-mnist-10k", "multi-dsprites"), {"likelihood": "bernoulli"}
+        ),
+    },
 }
 
 

@@ -19,7 +19,7 @@ and this for the first layer of the decoder.
 symbol    shape                meaning
 ========  ===================  ==========================================================
 x         (B, C, H, W)         image, C = 1 or 3, binary if p(x_d | f(z)_d) is Bernoulli
-z         (B, K, H / s, W / s) latent grid, s = 2 ** stages, of d = K H W / s^2 numbers
+z         (B, K, H / s, W / s) latent grid, s pixels a cell, of d = K H W / s^2 numbers
 z_i       (B, K, r, c)         its cells of phase i
 h(x)      (B, F, H / s, W / s) what the encoder makes of the image
 f(z)      (B, C, H, W)         mean of the image, from the decoder
@@ -29,11 +29,12 @@ Any site may have a particle dimension to the left of B. The paper's d is 1024 f
 K = 16 on a grid of 8 x 8. Its beta, which weighs z's divergence, belongs to the training: the
 density here has none, see objectives/conv_vae.py.
 
-Three sets of networks: the baseline's of the paper; the fast preset's, which have the same grid and
-1.2 million parameters, yet work at an eighth and a quarter of the image's sides alone; and a small
-set with a finer grid, the auxiliary VAE of LAVAE's warm-up, in both of its presets: the paper's has
-11 x 11 x 8 latent variables and three residual blocks. The paper leaves the sizes of kernels
-open: in its networks they are 3 here, and 4 where the stride is 2.
+Four sets of networks: the baseline's of the paper; the fast preset's, which have the same grid and
+1.2 million parameters, yet work at an eighth and a quarter of the image's sides alone; and two for
+the auxiliary VAE of LAVAE's warm-up, the paper's, with 11 x 11 x 8 latent variables of 64 x 64
+images and three residual blocks, and a small one with a finer grid, of the fast preset. The paper
+leaves the sizes of kernels open: in its networks they are 3 here, and 4 where the stride is 2. Nor
+does it say how 64 pixels become 11 cells: here by strides of 3 and 2, after a border of a pixel.
 
 A prior is called as latent_prior(i, z), where z has 0 in cells that are not drawn yet, and returns
 the distribution of z_i.
@@ -41,12 +42,14 @@ the distribution of z_i.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro.nn import pyro_method
 from torch import Tensor, nn
 
@@ -57,6 +60,7 @@ from pyro_scenes.nets import PHASES, ConvBlock, GatedBlock, PhaseNet, ResidualBl
 
 BLOCKS = 4  # residual blocks on each side of the paper's networks
 DRAWS = 8  # of a reconstruction
+WARMUP = 6  # pixels a cell of the paper's auxiliary VAE
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class ConvVAEConfig:
     grid_latent: int = 4  # K, latent channels a cell
     grid_stages: int = 2  # halvings of the image
     grid_width: int = 32  # channels
-    networks: str = "auxiliary"  # auxiliary, fast or paper
+    networks: str = "auxiliary"  # auxiliary, paper-auxiliary, fast or paper
     likelihood: str = "bernoulli"  # normal or bernoulli
     sigma: float = 0.3  # of the normal likelihood
 
@@ -74,6 +78,10 @@ class ConvVAEConfig:
 PRESETS = {
     "fast": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=96, networks="fast"),
     "paper": ConvVAEConfig(grid_latent=16, grid_stages=3, grid_width=64, networks="paper"),
+}
+# LAVAE's preset -> its auxiliary VAE
+AUXILIARY = {
+    "fast": ConvVAEConfig(), "paper": ConvVAEConfig(grid_latent=8, networks="paper-auxiliary"),
 }
 # preset -> data set -> what suits it
 SUITED = dict.fromkeys(PRESETS, GREY)
@@ -132,7 +140,9 @@ class ConvVAE(GenerativeModel):
         self.config, self.image_shape = config, image_shape
         if config.networks not in NETWORKS:
             raise UserError(f"networks must be one of {', '.join(NETWORKS)}")
-        if config.networks != "auxiliary":  # LAVAE makes one, used or not, whatever the images
+        whole = config.networks != "paper-auxiliary"
+        self.cell = 2**config.grid_stages if whole else WARMUP  # s
+        if config.networks in PRESETS:  # LAVAE makes one, used or not, whatever the images
             self.check(torch.zeros(1, *image_shape))
         self.phases = len(PHASES) if config.networks == "fast" else 1
         self.latent_prior: nn.Module = GridNormal(self.phases)
@@ -151,7 +161,7 @@ class ConvVAE(GenerativeModel):
         """:param x: (B, C, H, W) in [0, 1]; sites z_0, z_1 ..., x."""
         with pyro.plate("images", len(x), dim=-1):
             z = self._drawn(x, lambda i, z: pyro.sample(f"z_{i}", self._prior(i, z)))
-            mean = self.decode(z.flatten(0, -4)).view(*z.shape[:-3], *x.shape[1:])
+            mean = self.decode(z.flatten(0, -4), x.shape[-2:]).view(*z.shape[:-3], *x.shape[1:])
             pyro.sample("x", self.likelihood(mean), obs=x)
 
     @pyro_method
@@ -165,7 +175,7 @@ class ConvVAE(GenerativeModel):
 
         :param draw: phase and z, 0 where nothing is drawn yet -> z_i, (..., K, r, c).
         """
-        rows, columns = (side // 2**self.config.grid_stages for side in x.shape[-2:])
+        rows, columns = (math.ceil(side / self.cell) for side in x.shape[-2:])
         z = x.new_zeros(self.config.grid_latent, rows, columns)
         for i in range(self.phases):
             if cells(z, i, self.phases).numel():  # a grid of one row has two phases
@@ -178,13 +188,22 @@ class ConvVAE(GenerativeModel):
     def encode(self, x: Tensor) -> Tensor:
         """h(x), (B, F, H / s, W / s)."""
         self.check(x)
+        top, left = (-side % self.cell for side in x.shape[-2:])  # beyond the image's edges
         with self._precision(x):
-            return self.encoder(x)
+            return self.encoder(
+                F.pad(x, (left // 2, left - left // 2, top // 2, top - top // 2))
+            )
 
-    def decode(self, z: Tensor) -> Tensor:
-        """f(z), (N, K, H / s, W / s) -> (N, C, H, W) in [0, 1]."""
+    def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """f(z), (N, K, H / s, W / s) -> (N, C, H, W) in [0, 1].
+
+        :param size: H and W, where cells reach beyond the image's edges.
+        """
         with self._precision(z):
-            return self.decoder(z)
+            mean = self.decoder(z)
+        height, width = size or mean.shape[-2:]
+        top, left = (mean.shape[-2] - height) // 2, (mean.shape[-1] - width) // 2
+        return mean[..., top : top + height, left : left + width]
 
     def posterior(self, h: Tensor, phase: int, z: Tensor) -> dist.TorchDistribution:
         """q(z_i | z_<i, h), of what the encoder made of the images, and z as above."""
@@ -246,7 +265,7 @@ class ConvVAE(GenerativeModel):
                 q = self.posterior(h, phase, z)
                 return q.mean + q.stddev * cells(noise, phase, self.phases)
 
-            return self.decode(self._drawn(x, draw))
+            return self.decode(self._drawn(x, draw), x.shape[-2:])
 
         # One draw after the other: all at once take as many times the memory.
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -254,8 +273,8 @@ class ConvVAE(GenerativeModel):
 
     def check(self, x: Tensor) -> None:
         super().check(x)
-        stride = 2**self.config.grid_stages
-        self.check_sides(x, stride)
+        if self.config.networks != "paper-auxiliary":
+            self.check_sides(x, self.cell)
 
 
 # --- the networks: image -> h(x), of one phase means and log variances; z -> means of pixels ------
@@ -276,6 +295,28 @@ def _auxiliary(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Modu
         nn.Conv2d(width, channels * 4**stages, 1),
         nn.PixelShuffle(2**stages),
         Means(),
+    )
+    return encoder, decoder
+
+
+def _paper_auxiliary(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Module]:
+    """Three residual blocks, with convolutions of strides 3 and 2 between them, mirrored."""
+    width, act = config.grid_width, nn.LeakyReLU
+
+    def block() -> nn.Module:
+        return ResidualBlock(width, "batch", act)
+
+    encoder = nn.Sequential(
+        ConvBlock(channels, width, norm="batch", activation=act), block(),
+        nn.Conv2d(width, width, 3, 3), block(),
+        nn.Conv2d(width, width, 4, 2, 1), block(),
+        nn.Conv2d(width, 2 * config.grid_latent, 3, padding=1),
+    )
+    decoder = nn.Sequential(
+        ConvBlock(config.grid_latent, width, norm="batch", activation=act), block(),
+        nn.ConvTranspose2d(width, width, 4, 2, 1), block(),
+        nn.ConvTranspose2d(width, width, 3, 3), block(),
+        nn.Conv2d(width, channels, 3, padding=1), Means(),
     )
     return encoder, decoder
 
@@ -332,5 +373,5 @@ def _paper(config: ConvVAEConfig, channels: int) -> tuple[nn.Module, nn.Module]:
 
 
 NETWORKS: dict[str, Callable[[ConvVAEConfig, int], tuple[nn.Module, nn.Module]]] = {
-    "auxiliary": _auxiliary, "fast": _fast, "paper": _paper
+    "auxiliary": _auxiliary, "paper-auxiliary": _paper_auxiliary, "fast": _fast, "paper": _paper
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
@@ -15,7 +15,7 @@ from pyro_scenes import distributed, swaps
 from pyro_scenes.data import SceneData
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import BernoulliImage
-from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
+from pyro_scenes.models.conv_vae import AUXILIARY, ConvVAE
 from pyro_scenes.models.lavae import LAVAE, Encoded
 from pyro_scenes.objectives import dreams
 from pyro_scenes.objectives.base import (
@@ -143,7 +143,7 @@ class LAVAEObjective(Objective):
         if schedule.exact_divergence:
             self.elbo = PlacesFirstELBO()
         c = model.config
-        alike = ConvVAEConfig(likelihood=c.likelihood, sigma=c.sigma)
+        alike = replace(AUXILIARY[c.networks], likelihood=c.likelihood, sigma=c.sigma)
         self.auxiliary = ConvVAE(alike, model.image_shape)
         if schedule.warmup_weight and schedule.warmup_end:
             self.auxiliary.check(torch.zeros(1, *model.image_shape))
