@@ -1545,8 +1545,13 @@ def test_presets_suit_the_data() -> None:
     assert (binary.combine, binary.likelihood) == (digits.net.combine, "bernoulli")
     colours = make_config("discrete-air", "multi-dsprites")
     assert (colours.net.classes, colours.net.contrast, colours.schedule.twin) == (21, True, 100)
-    for data in ("multi-dsprites", "multi-mnist-1k", "multi-mnist-10k"):
-        assert make_config("air", data).net.likelihood == "bernoulli"
+    for data, preset in itertools.product(
+        ("multi-dsprites", "multi-mnist-1k", "multi-mnist-10k"), ("fast", "paper")
+    ):
+        found = [make_config(name, data, preset).net for name in ("air", "discrete-air")]
+        assert [net.likelihood for net in found] == ["bernoulli"] * 2
+        assert [net.max_objects for net in found] == [3, 3]
+        assert found[1].classes == (21 if data == "multi-dsprites" else 10)
     for model, preset in itertools.product(("lavae", "conv-vae"), ("fast", "paper")):
         assert make_config(model, "multi-sprites", preset).net.likelihood == "normal"
         assert make_config(model, "multi-dsprites", preset).net.likelihood == "bernoulli"

@@ -576,13 +576,18 @@ def test_images_of_other_values_or_numbers_are_refused(row: Row) -> None:
     for wrong, message in (
         (255 * x, "from 0 to 255"), (2 * x - 1, "from -1 to 1"), (x / 0, "from nan to nan"),
         ((255 * x).byte(), "not torch.uint8"), (x.double(), "not torch.float64"),
+        (x.to("meta"), "images are on meta and the model on cpu"),
     ):
         for method in (model.reconstruct, getattr(model, "infer", model.reconstruct)):
             with pytest.raises(UserError, match=message):
                 method(wrong)
-    with pytest.raises(UserError, match="not torch.uint8"):
-        bounds.iwae(model, x.byte(), 2)
     for bound in (bounds.iwae, bounds.log_weights):
+        for wrong, message in (
+            (x.byte(), "not torch.uint8"), (x.double(), "not torch.float64"),
+            (x.to("meta"), "on meta"),
+        ):
+            with pytest.raises(UserError, match=message):
+                bound(model, wrong, 2)
         with pytest.raises(UserError, match="at least 1 particle, not 0"):
             bound(model, x, 0)
         with pytest.raises(UserError, match="no images"):
@@ -590,6 +595,15 @@ def test_images_of_other_values_or_numbers_are_refused(row: Row) -> None:
     with pytest.raises(UserError, match="at least 1 particle, not 0"):
         bounds.measure(model, scenes(), 0)
     model.reconstruct(x + 1e-4)  # rounded
+
+
+def test_priors_are_moved_to_where_the_model_is(row: Row) -> None:
+    """Where there is no other device, meta stands for one."""
+    model = row.build().to("meta")
+    for name in [name for name in ("count", "latent") if hasattr(model, f"{name}_prior")]:
+        prior = nn.Linear(1, 1)
+        with model.priors(**{name: prior}):
+            assert model.prior(name) is prior and prior.weight.device.type == "meta"
 
 
 @pytest.mark.parametrize("row", SCENES, indirect=True)

@@ -246,6 +246,9 @@ def test_boxes_of_ink_by_brute_force() -> None:
     masks[..., 2, 3] |= ~masks.flatten(2).any(-1)  # at least one pixel
     boxes = ink_boxes(masks)
     assert boxes.shape == (40, 2, 4)
+    # Any leading dimensions.
+    assert torch.equal(ink_boxes(masks[:, 0]), boxes[:, 0])
+    assert torch.equal(ink_boxes(masks[0, 0]), boxes[0, 0])
     for box, mask in zip(boxes.view(-1, 4).tolist(), masks.view(-1, 5, 7).numpy()):
         (top, bottom), (left, right) = ((i.min(), i.max() + 1) for i in mask.nonzero())
         assert box == [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]

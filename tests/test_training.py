@@ -746,6 +746,16 @@ def test_the_papers_target_is_the_map_itself() -> None:
     assert torch.equal(target, kl.repeat_interleave(4, 1).repeat_interleave(4, 2))
 
 
+def test_the_papers_warm_up_has_the_papers_auxiliary_vae() -> None:
+    for preset, shape in (("fast", (4, 16, 16)), ("paper", (8, 11, 11))):
+        config = make_config("lavae", "multi-dsprites", preset)
+        trained = LAVAEObjective(config.schedule, LAVAE(config.net, (3, 64, 64)), 100)
+        x = torch.zeros(1, 3, 64, 64)
+        assert trained.auxiliary.encode(x).shape == (1, 2 * shape[0], *shape[1:])
+        target = trained.location_target(trained.auxiliary.kl_map(x), (64, 64))
+        assert target.shape == (1, 64, 64)
+
+
 def test_the_kl_map_is_the_divergence_of_each_cell() -> None:
     torch.manual_seed(0)
     vae, x = ConvVAE(ConvVAEConfig(3, 2, 8), (1, 16, 16)), images()
