@@ -47,6 +47,18 @@ def test_each_transform_is_the_others_inverse() -> None:
     assert (product - torch.eye(3).double()).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("transform", [to_image, to_window])
+def test_windows_of_any_leading_dimensions(transform) -> None:
+    arguments = random(6)
+    together = transform(*arguments)
+    wide = transform(*(v.unflatten(0, (2, 3)) for v in arguments))
+    assert torch.equal(wide, together.view(2, 3, 3, 3))
+    for i in range(6):
+        one = transform(*(v[i] for v in arguments))
+        assert torch.allclose(one, together[i], rtol=1e-12)
+        assert torch.allclose(grid(one, (5, 8)), grid(wide, (5, 8)).flatten(0, 1)[i], rtol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-30, -1e-9, LEAST / 2])
 def test_a_scale_near_zero_has_an_inverse(scale: float) -> None:
     arguments = [v.double().requires_grad_() for v in still(3, scale, 0.3, (0.2, -0.1), (0.5, 0.1))]

@@ -15,6 +15,7 @@ from pyro_scenes import nets
 from pyro_scenes.bounds import log_weights
 from pyro_scenes.distributions import one_hot
 from pyro_scenes.errors import UserError
+from pyro_scenes.likelihoods import NormalImage
 from pyro_scenes.models.lavae import LAVAE, Encoded, LAVAEConfig
 from pyro_scenes.scene import Scene
 from pyro_scenes.spatial import crops, place_sprites
@@ -377,6 +378,22 @@ def test_boxes_are_those_of_the_ink() -> None:
 def test_the_box_of_a_faint_sprite_is_its_window() -> None:
     model, scene = marked([(2, 2)], [(4, 6)], [0.4])
     assert model._boxes(scene)[0, 0].tolist() == [6.5, 4.5, 5.0, 5.0]
+
+
+def test_a_dim_grey_sprite_has_a_box_and_a_segment() -> None:
+    """Of pixels above 0.3, or where there are none above half of its brightest."""
+    for value, binary in ((0.9, False), (0.2, False), (0.4, True), (0.0, False)):
+        model, scene = marked([(2, 2)], [(4, 6)], [value])
+        if not binary:
+            model.likelihood = NormalImage(0.3)
+        side = 5.0 if binary or value == 0 else 1.0
+        assert model._boxes(scene)[0, 0].tolist() == [6.5, 4.5, side, side]
+        expected = torch.zeros(8, 12, dtype=torch.long)
+        expected[4, 6] = side == 1.0
+        assert torch.equal(model.segment(scene)[0], expected)
+    drawn = torch.tensor([[0.05, 0.11, 0.2], [0.29, 0.31, 0.9], [0.0, 0.0, 0.0]])[:, None]
+    ink = [[False, True, True], [False, True, True], [False] * 3]
+    assert model.ink(drawn, 0.3)[:, 0].tolist() == ink
 
 
 def test_a_segmentation_by_hand() -> None:

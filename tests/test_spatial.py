@@ -1,13 +1,17 @@
 """Sprites, crops, windows and peaks against scipy, autograd, slicing and brute force."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from scipy.signal import convolve2d
 
 from pyro_scenes.distributions import one_hot
-from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks
+from pyro_scenes.spatial import _fast, crops, find_peaks, ink_boxes, place_sprites, window_masks
 
 # H, W, side of the sprite: H != W, odd sides, a sprite that is larger than the canvas.
 CANVASES = [(6, 6, 3), (5, 8, 3), (9, 4, 5), (7, 7, 1), (3, 5, 7), (1, 6, 3)]
@@ -138,6 +142,32 @@ def test_gradients_against_a_dense_convolution(height, width, side, hard) -> Non
     assert (results[0][2] != 0).all()
 
 
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("hard", [True, False])
+def test_gradients_of_few_objects_against_a_dense_convolution(count, hard) -> None:
+    sprites, place, image = (values[3:3 + count] for values in objects(5, 8, 3))
+    places = one_hot(place, 40, torch.float64) if hard else relaxed_places(count, 40)
+    inputs = sprites.requires_grad_(), places.requires_grad_()
+    outer = torch.randn(3, 2, 5, 8, dtype=torch.float64)
+    ours = torch.autograd.grad((place_sprites(*inputs, image, (3, 5, 8)) * outer).sum(), inputs)
+    if not count:
+        assert [gradient.shape for gradient in ours] == [(0, 2, 3, 3), (0, 40)]
+        return
+    theirs = torch.autograd.grad((dense(*inputs, image, (3, 5, 8)) * outer).sum(), inputs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.any() and torch.allclose(our, their, atol=1e-12)
+
+
+def test_a_canvas_depends_on_the_draws_of_its_sprites_and_places() -> None:
+    sprites, place, image = objects(5, 8, 3)
+    places = one_hot(place, 40, torch.float64)
+    tracked = (track_provenance(sprites, frozenset({"z_app"})),
+               track_provenance(places, frozenset({"z_loc"})))
+    canvas = place_sprites(*tracked, image, (3, 5, 8))
+    assert get_provenance(canvas) == {"z_app", "z_loc"}
+    assert torch.equal(detach_provenance(canvas), place_sprites(sprites, places, image, (3, 5, 8)))
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_a_slope_limits_what_reaches_the_places_alone(hard) -> None:
     sprites, place, image = objects(5, 8, 3)
@@ -183,6 +213,13 @@ def test_float32_stays_float32() -> None:
         canvas = place_sprites(sprites, places, image, (3, 6, 6))
         canvas.sum().backward()
         assert canvas.dtype == places.grad.dtype == torch.float32
+
+
+def test_transforms_take_the_next_size_of_small_factors() -> None:
+    powers = [[p**e for e in range(9)] for p in (2, 3, 5, 7)]
+    quick = sorted(math.prod(factors) for factors in itertools.product(*powers))
+    assert [_fast(size) for size in range(1, 300)] == [
+        next(q for q in quick if q >= size) for size in range(1, 300)]
 
 
 @pytest.mark.parametrize("height, width, side", CANVASES)

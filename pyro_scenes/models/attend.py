@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from pyro_scenes.affine import to_window, warp
 from pyro_scenes.distributions import one_hot
 from pyro_scenes.errors import UserError
-from pyro_scenes.models.base import SceneModel
+from pyro_scenes.models.base import INK, SceneModel
 from pyro_scenes.scene import Scene
 from pyro_scenes.spatial import ink_boxes
 
 Pose = tuple[Tensor, Tensor, Tensor, Tensor]  # scale, angle, shear, translation, see affine.py
 Choose = Callable[[str, TorchDistribution, Tensor], Tensor]  # name, distribution, here -> value
-INK = 0.3  # of 1, the least that counts as an object's in its box and segment
 
 
 @contextmanager
@@ -172,7 +171,8 @@ class Attend(SceneModel):
 
     def _boxes(self, scene: Scene) -> Tensor:
         """The box of each object's ink, pixels (B, M, 4); NaN where absent."""
-        ink = self.layers(scene).amax(2) > INK  # (B, M, H, W)
+        drawn = self.layers(scene).amax(2)  # (B, M, H, W)
+        ink = self.ink(drawn, INK)
         box = ink_boxes(ink | ~ink.flatten(2).any(-1)[..., None, None])
         faint = torch.cat([scene.where, torch.ones_like(scene.where)], -1)
         box = torch.where(ink.flatten(2).any(-1)[..., None], box, faint)

@@ -20,6 +20,7 @@ from pyro_scenes.scene import Scene
 
 # What suits the data sets of grey images whose sides every model reads.
 GREY = dict.fromkeys(("multi-sprites", "multi-sprites-small"), {"likelihood": "normal"})
+INK = 0.3  # of 1, the least that counts as a grey object's in its box and segment
 ROUNDED = 1e-3  # so far beyond 0 and 1 a value may be that was rounded
 NUMBERS = itertools.count()  # of models, for their names
 
@@ -250,13 +251,26 @@ class SceneModel(GenerativeModel):
         """The object of each pixel, (B, H, W) long: 0 for background, m + 1 for slot m.
 
         A pixel belongs to the object that adds most to it, in the channel where it adds most, or
-        to the background if that is less than ``threshold``.
+        to the background if it is not of that one's ink, see there.
         """
         parts = self.layers(scene).amax(2)  # (B, M, H, W)
         if parts.shape[1] == 0:
             return parts.new_zeros(len(parts), *parts.shape[2:], dtype=torch.long)
-        strongest, slot = parts.max(1)
-        return torch.where(strongest > threshold, slot + 1, 0)
+        strongest, slot = (parts * self.ink(parts, threshold)).max(1)
+        return torch.where(strongest > 0, slot + 1, 0)
+
+    def ink(self, drawn: Tensor, threshold: float) -> Tensor:
+        """Which pixels of what is drawn of each object are its ink: those above a threshold.
+
+        Where grey images have an object that is nowhere so bright, those above half of its
+        brightest. A binary one is as bright as the model is sure of it.
+
+        :param drawn: (..., H, W), from 0 to 1. :return: the same shape, bool.
+        """
+        if self.likelihood.binary:
+            return drawn > threshold
+        brightest = drawn.amax((-2, -1), keepdim=True)
+        return drawn > torch.where(brightest > threshold, threshold, brightest / 2)
 
 
 def family(site: str) -> str:

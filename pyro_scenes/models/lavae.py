@@ -89,7 +89,7 @@ from pyro_scenes import nets, priors
 from pyro_scenes.distributions import USED, OneHotPlace, one_hot
 from pyro_scenes.errors import UserError
 from pyro_scenes.likelihoods import BernoulliImage, NormalImage, likelihood
-from pyro_scenes.models.base import GREY, SceneModel
+from pyro_scenes.models.base import GREY, INK, SceneModel
 from pyro_scenes.scene import Scene
 from pyro_scenes.spatial import crops, find_peaks, ink_boxes, place_sprites, window_masks
 
@@ -432,8 +432,12 @@ class LAVAE(SceneModel):
         return sprites
 
     def _boxes(self, scene: Scene) -> Tensor:
-        """The box of each sprite's pixels above one half, pixels (B, M, 4); NaN where absent."""
-        ink = self.sprites(scene).amax(2) > 0.5  # (B, M, S, S)
+        """The box of each sprite's ink, of binary images its pixels above one half.
+
+        :return: pixels, (B, M, 4); NaN where absent.
+        """
+        drawn = self.sprites(scene).amax(2)  # (B, M, S, S)
+        ink = self.ink(drawn, 0.5 if self.likelihood.binary else INK)
         ink = ink | ~ink.flatten(2).any(-1)[..., None, None]  # a faint sprite gets its window
         boxes = ink_boxes(ink)
         centre = scene.where + boxes[..., :2] - ink.shape[-1] / 2
