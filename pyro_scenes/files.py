@@ -118,8 +118,8 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
         file.write(text.encode())
 
 
-def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
-    """The dictionary in a JSON file.
+def read_json(path: Path, names: Iterable[str] = (), kind: type = dict) -> Any:
+    """The dictionary, or what else of a kind, in a JSON file.
 
     :param names: what it has to have. :raises UserError: if it has not, or is damaged or missing.
     """
@@ -127,7 +127,7 @@ def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
         check_regular(path)
         with open(path, "rb") as file:
             limits.check(path, os.fstat(file.fileno()).st_size * limits.OBJECTS)
-            content = parse_json(file.read())
+            content = parse_json(file.read(), kind)
         missing = [name for name in names if name not in content]
         if missing:
             raise ValueError(f"it has no {missing[0]}")
@@ -139,14 +139,15 @@ def read_json(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str | bytes) -> dict[str, Any]:
-    """The dictionary in some JSON. :raises ValueError: if there is none."""
+def parse_json(text: str | bytes, kind: type = dict) -> Any:
+    """The dictionary, or what else of a kind, in some JSON. :raises ValueError: if there is none.
+    """
     try:
         content = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is not a dictionary")
+    if not isinstance(content, kind):
+        raise ValueError(f"it is not a {'dictionary' if kind is dict else kind.__name__}")
     return content
 
 

@@ -6,14 +6,21 @@ Coordinates are pixels, x to the right and y down; the pixel in row r and column
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_scenes import limits
+from pyro_scenes.errors import UserError
+
 # Columns of a pose: what makes an object of a template, factors and radians.
 POSE = ("scale_x", "scale_y", "angle", "shear_x", "shear_y")
+MOST = 255  # objects in a scene that is read
+FARTHEST = 1e4  # what a number of one may be, from 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,52 @@ class Scene:
             entry["what"] = self.what[b, m].tolist()
         return entry
 
+    @staticmethod
+    def from_json(
+        scenes: Any, *, appearance: int = 0, classes: int = 0, pose: Sequence[float] | None = None
+    ) -> Scene:
+        """What `to_json` wrote, perhaps changed, or written by hand; boxes are NaN.
+
+        An object needs ``x`` and ``y``, a ``kind`` where there are categories, and where there are
+        none its ``what``, which is 0 where an object of a category has none. ``box`` and ``count``
+        are not read.
+
+        :param appearance: L, 0 if nothing is known of it. :param classes: K, 0 if there are none.
+        :param pose: what is not said of a pose, see POSE; None for objects without.
+        :raises UserError: which says of which object what is wrong.
+
+        >>> Scene.from_json([{"objects": [{"x": 3, "y": 4, "kind": 1}]}], classes=2).kind.tolist()
+        [[1]]
+        """
+        if not isinstance(scenes, list) or not scenes:
+            raise UserError("scenes are a list of at least one")
+        rows = []
+        for b, entry in enumerate(scenes, 1):
+            objects = entry.get("objects") if isinstance(entry, dict) else None
+            if not isinstance(objects, list) or len(objects) > MOST:
+                raise UserError(
+                    f"scene {b} is no dictionary with a list of objects, {MOST} at most"
+                )
+            rows.append([
+                _parsed(f"object {m} of scene {b}", object, appearance, classes, pose)
+                for m, object in enumerate(objects, 1)
+            ])
+        slots = max(1, *map(len, rows))
+        limits.check("the scenes", len(rows) * slots * (appearance + 12) * limits.OBJECTS)
+
+        def column(name: str, fill: Any) -> Tensor:
+            return torch.tensor([
+                [row[m][name] if m < len(row) else fill for m in range(slots)] for row in rows
+            ])
+
+        nan = math.nan
+        return Scene(
+            column("present", False), column("where", [nan] * 2), column("boxes", [nan] * 4),
+            kind=column("kind", -1) if classes else None,
+            what=column("what", [0.0] * appearance) if appearance else None,
+            pose=None if pose is None else column("pose", [nan] * len(POSE)),
+        )
+
     def to(self, device: torch.device | str) -> Scene:
         """The same scenes on another device."""
         return self._each(lambda values: values.to(device))
@@ -116,6 +169,48 @@ class Scene:
         assert present is not None and where is not None and boxes is not None
         kind, what, pose = join("kind", -1), join("what", 0.0), join("pose", nan)
         return Scene(present, where, boxes, kind, what, scenes[0].size, pose)
+
+
+def _parsed(
+    who: str, entry: Any, appearance: int, classes: int, pose: Sequence[float] | None
+) -> dict[str, Any]:
+    """An object's values by field. :raises UserError: see `Scene.from_json`."""
+    own = [*(POSE if pose else ()), *["kind"] * (classes > 0), *["what"] * (appearance > 0)]
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{who} is no dictionary")
+    for name in entry:
+        if name not in ("x", "y", "box", *own):
+            raise UserError(f"{who} has {name!r:.40}: objects of this model have"
+                            f" {', '.join(('x', 'y', *own))}")
+    needed = "x", "y", *["kind"] * (classes > 0), *["what"] * (appearance > 0 and not classes)
+    for name in needed:
+        if name not in entry:
+            raise UserError(f"{who} has no {name}")
+
+    def number(name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not abs(value) <= FARTHEST:
+            raise UserError(f"{who} has {name} {value!r:.40}: give a number up to {FARTHEST:g}")
+        return float(value)
+
+    found: dict[str, Any] = {
+        "present": True, "where": [number(name, entry[name]) for name in "xy"],
+        "boxes": [math.nan] * 4,
+    }
+    if pose:
+        usual = dict(zip(POSE, pose, strict=True))
+        found["pose"] = [number(name, entry.get(name, usual[name])) for name in POSE]
+        if min(found["pose"][:2]) <= 0:
+            raise UserError(f"{who} has a scale of {min(found['pose'][:2]):g}: scales are above 0")
+    if classes:
+        found["kind"] = kind = entry["kind"]
+        if type(kind) is not int or not 0 <= kind < classes:
+            raise UserError(f"{who} has kind {kind!r:.40}: categories are 0 to {classes - 1}")
+    if appearance:
+        what = entry.get("what", [0.0] * appearance)
+        if not isinstance(what, list) or len(what) != appearance:
+            raise UserError(f"{who} has what {what!r:.40}: give a list of {appearance} numbers")
+        found["what"] = [number("what", value) for value in what]
+    return found
 
 
 def _pad(values: Tensor, slots: int, fill) -> Tensor:

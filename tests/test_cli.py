@@ -24,6 +24,7 @@ from pyro_scenes.bench import floors, growth
 from pyro_scenes.checkpoint import load
 from pyro_scenes.data import DATASETS, load_npz
 from pyro_scenes.errors import UserError
+from pyro_scenes.models import SceneModel
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.pictures import with_objects
 
@@ -237,6 +238,12 @@ BAD = [
     ("svi-infer run --out new.json", "IMAGES"),
     ("svi-infer run data.npz --sample 3 --out new.npz", "--sample"),
     ("svi-infer run --sample 3 --swap new.png", "--swap"),
+    ("svi-infer run --render nope.json --figure new.png", "nope.json does not exist"),
+    ("svi-infer run --render kept.json --figure new.png", "kept.json is not what it should be"),
+    ("svi-infer run data.npz --render kept.json --out new.npz", "--render"),
+    ("svi-infer run --render kept.json --swap new.png", "--swap"),
+    ("svi-infer run --render kept.json --seed 1 --out new.npz", "--seed"),
+    ("svi-infer run --render kept.json --graph json --out new.json", "--graph"),
     ("svi-infer run --sample 3 --templates new.png", "--templates"),
     ("svi-infer run --sample 3 --out kept.npz", "kept.npz"),
     ("svi-infer run --sample 3 --out new.npz --prior size=uniform:5-6", "size"),
@@ -607,6 +614,29 @@ def test_samples_follow_the_seed_and_the_prior(folder: Path) -> None:
     assert np.array_equal(made["a"], made["b"]) and not np.array_equal(made["a"], made["c"])
     assert not made["none"].any()
     assert made["many"].any(axis=(1, 2, 3)).all()
+
+
+def test_scenes_of_a_file_are_drawn(folder: Path) -> None:
+    """What was found is drawn as it is in Python; an object that is moved is drawn elsewhere."""
+    succeeded("svi-infer crowded data.npz --max-objects 20 --out found.json")
+    succeeded("svi-infer crowded --render found.json --out drawn.npz --figure drawn.png")
+    drawn, model = load_npz("drawn.npz"), load("crowded").model
+    assert isinstance(model, SceneModel) and Path("drawn.png").exists()
+    scenes = model.infer(load_npz("data.npz").batch(), 20)
+    assert drawn.counts is not None and drawn.counts.tolist() == scenes.counts.tolist()
+    assert drawn.counts.any()
+    again = model.render(scenes).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.abs(drawn.images().astype(int) - again).max() <= 1
+    content = json.loads(Path("found.json").read_text())
+    moved = next(scene for scene in content if scene["count"])["objects"][0]
+    for name, x in (("left", 14.5), ("right", 18.5)):
+        Path("moved.json").write_text(json.dumps([{"objects": [moved | {"x": x}]}]))
+        succeeded(f"svi-infer crowded --render moved.json --out {name}.npz")
+    left, right = (load_npz(f"{name}.npz").images()[0] for name in ("left", "right"))
+    assert not np.array_equal(left, right)
+    assert np.array_equal(left[:, :-4], right[:, 4:])
+    result = run("svi-infer crowded --render found.json --out drawn.npz")
+    assert result.exit_code == 2 and "drawn.npz exists" in result.output
 
 
 def test_pictures_of_one_model_without_objects_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import networkx as nx
 import pytest
@@ -72,6 +73,9 @@ def test_a_distance_between_categories_of_ones_own() -> None:
     assert first.edges[0, 1]["kind_distance"] == 6.0  # from category 2 to 0
     assert first.edges[1, 0]["kind_distance"] == 2.0
     assert "same_kind" not in first.edges[0, 1]
+    plain = graph.tensors(scene(), table).edge_attr
+    for given in (table.double(), table.long()):
+        assert torch.equal(graph.tensors(scene(), given).edge_attr, plain)
     for wrong in (table[:2, :2], table[:2], table[0]):
         with pytest.raises(UserError, match="square of at least 3 rows"):
             graph.graphs(scene(), wrong)
@@ -145,3 +149,5 @@ def test_scenes_without_slots() -> None:
     assert [len(g) for g in graph.graphs(empty)] == [0, 0]
     padded = graph.tensors(empty)
     assert padded.nodes.shape == (2, 0, 6) and padded.edge_index.shape == (2, 0)
+    empty = replace(empty, kind=torch.zeros(2, 0, dtype=torch.long))
+    assert graph.tensors(empty, torch.zeros(1, 1)).edge_names[-1] == "kind_distance"

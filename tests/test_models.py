@@ -3,6 +3,7 @@
 A new model gets a row of ``TABLE``.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -595,6 +596,24 @@ def test_images_of_other_values_or_numbers_are_refused(row: Row) -> None:
     with pytest.raises(UserError, match="at least 1 particle, not 0"):
         bounds.measure(model, scenes(), 0)
     model.reconstruct(x + 1e-4)  # rounded
+
+
+@pytest.mark.parametrize("row", SCENES, indirect=True)
+def test_scenes_written_and_read_again_are_drawn_alike(row: Row) -> None:
+    model = replace_encode(built(row)).eval()
+    assert isinstance(model, SceneModel)
+    scene = model.infer(images())
+    read = model.compose(json.loads(json.dumps(scene.to_json())))
+    assert torch.equal(read.counts, scene.counts)
+    assert torch.allclose(model.render(read), model.render(scene), atol=1e-6)
+    if isinstance(model, Attend):  # of which nothing but the category has to be said
+        size = model.prior("appearance")().event_shape[0]
+        entry: dict = {"x": 4.0, "y": 3.0}
+        entry |= {"kind": 0} if model.classes else {"what": [0.0] * size}
+        pose = model.compose([{"objects": [entry]}]).pose
+        assert pose is not None
+        scale, angle, shear, _ = model.pose(torch.zeros(model.prior("where")().event_shape))
+        assert torch.allclose(pose[0, 0], torch.cat([scale, angle.view(1), shear]))
 
 
 def test_priors_are_moved_to_where_the_model_is(row: Row) -> None:

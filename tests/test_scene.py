@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pyro_scenes.errors import UserError
 from pyro_scenes.scene import Scene
 
 NAN = float("nan")
@@ -109,3 +110,68 @@ def test_moving_keeps_everything() -> None:
 def test_a_scene_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         setattr(scene(), "kind", None)
+
+
+# --- scenes from JSON ----------------------------------------------------------------------------
+
+
+def test_scenes_in_json_are_read_as_they_were_written() -> None:
+    for kind in (True, False):
+        written = scene(kind=kind)
+        content = json.loads(json.dumps(written.to_json()))
+        read = Scene.from_json(content, appearance=2, classes=5 * kind)
+        assert read.counts.tolist() == [2, 0] and read.pose is None
+        for mine, theirs in ((read.where, written.where), (read.what, written.what),
+                             (read.kind, written.kind)):
+            assert (mine is None) == (theirs is None)
+            if mine is not None and theirs is not None:  # objects come one after the other now
+                assert torch.equal(mine[0], theirs[0, [0, 2]])
+        assert read.boxes.isnan().all() and read.where[1].isnan().all()
+
+
+def test_scenes_by_hand_have_what_is_usual_where_they_say_nothing() -> None:
+    usual = [0.5, 0.25, 0.1, 0.0, 0.0]
+    content = [{"objects": [{"x": 1, "y": 2.5, "kind": 3, "angle": -1}]}, {"objects": []}]
+    read = Scene.from_json(content, appearance=2, classes=4, pose=usual)
+    assert read.present.tolist() == [[True], [False]]
+    assert read.where[0].tolist() == [[1.0, 2.5]] and read.where[1].isnan().all()
+    assert read.kind is not None and read.kind.tolist() == [[3], [-1]]
+    assert read.what is not None and read.what.tolist() == [[[0.0, 0.0]], [[0.0, 0.0]]]
+    assert read.pose is not None and read.pose[1].isnan().all()
+    assert torch.equal(read.pose[0, 0], torch.tensor([0.5, 0.25, -1.0, 0.0, 0.0]))
+
+
+HERE = {"x": 1, "y": 2, "kind": 0}
+
+
+@pytest.mark.parametrize("content, said", [
+    ({}, "a list"), ([], "a list"), ([[]], "scene 1 is no dictionary"),
+    ([{"objects": []}, {"count": 1}], "scene 2 is no dictionary with a list of objects"),
+    ([{"objects": [HERE] * 256}], "255 at most"), ([{"objects": [3]}], "object 1 of scene 1 is no"),
+    ([{"objects": [HERE, {"x": 1, "kind": 0}]}], "object 2 of scene 1 has no y"),
+    ([{"objects": [{"x": 1, "y": 2}]}], "has no kind"),
+    *[([{"objects": [HERE | {"x": x}]}], "has x") for x in (NAN, 1e5, 10**400, True, "1", None)],
+    *[([{"objects": [HERE | {"kind": k}]}], "categories are 0 to 1") for k in (2, -1, 0.0, True)],
+    *[([{"objects": [HERE | {"what": w}]}], "2 numbers") for w in ([1.0], 1.0, None)],
+    ([{"objects": [HERE | {"what": [0, NAN]}]}], "has what nan"),
+    ([{"objects": [HERE | {"scale_y": 0}]}], "scales are above 0"),
+    ([{"objects": [HERE | {"scale": 1}]}], "'scale': objects of this model have x, y, scale_x"),
+])
+def test_scenes_that_are_none_are_refused(content: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Scene.from_json(content, appearance=2, classes=2, pose=[1.0, 1.0, 0.0, 0.0, 0.0])
+
+
+def test_what_the_model_does_not_know_or_needs_is_said() -> None:
+    for entry, said in ((HERE, "'kind'"), ({"x": 1, "y": 2, "angle": 0.0}, "'angle'"),
+                        ({"x": 1, "y": 2}, "has no what")):
+        with pytest.raises(UserError, match=said):
+            Scene.from_json([{"objects": [entry]}], appearance=2)
+
+
+def test_scenes_that_would_take_too_much_memory_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("PYRO_SCENES_MEMORY", "0.001")
+    content: list[dict] = [{"objects": []}] * 99 + [{"objects": [HERE] * 200}]
+    with pytest.raises(UserError, match="the scenes claims"):
+        Scene.from_json(content, classes=1)
+    Scene.from_json(content[:99], classes=1)

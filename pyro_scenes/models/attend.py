@@ -54,13 +54,11 @@ class Attend(SceneModel):
     """Base class: subclasses have `_attend`, `pose` and `templates`.
 
     :ivar steps: T, most objects in an image; subclasses set `most` to it.
-    :ivar classes: K, categories of objects; 0 if they have none.
     :ivar contrast: what is done to the pixels that an object draws on the canvas.
     """
 
     appearance_site = "z_what"
     steps: int
-    classes: int = 0
     decoders: tuple[str, ...] = ("decoder", "contrast")
     contrast: nn.Module
 
@@ -177,6 +175,13 @@ class Attend(SceneModel):
         faint = torch.cat([scene.where, torch.ones_like(scene.where)], -1)
         box = torch.where(ink.flatten(2).any(-1)[..., None], box, faint)
         return box.masked_fill(~scene.present[..., None], float("nan"))
+
+    @torch.no_grad()
+    def usual_pose(self) -> list[float]:
+        """The prior's, where all of z_where is 0."""
+        mean = torch.zeros(self.prior("where")().event_shape, device=self.device)
+        scale, angle, shear, _ = self.pose(mean)
+        return [*scale.tolist(), angle.item(), *shear.tolist()]
 
     def sprites(self, scene: Scene) -> Tensor:
         """:raises UserError: if the scene has a category that the model does not know."""

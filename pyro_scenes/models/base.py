@@ -196,9 +196,11 @@ class SceneModel(GenerativeModel):
     :ivar most: objects that it can find in an image, at most.
     :ivar appearance_site: what its sites of appearance are called, less their numbers.
     :ivar where_site: the same of its places, and ``across`` which of their numbers is x.
+    :ivar classes: K, categories of objects; 0 if they have none.
     """
 
     most: float = math.inf
+    classes: int = 0
     appearance_site: str = "z_app"
     where_site: str = "z_where"
     across: int = 0
@@ -229,6 +231,22 @@ class SceneModel(GenerativeModel):
         :param site: what it is called, less its number.
         """
         return value
+
+    def compose(self, scenes: Any) -> Scene:
+        """What `render` draws, from what `Scene.to_json` wrote, perhaps changed, or by hand.
+
+        :param scenes: a list, see `Scene.from_json`.
+        :raises UserError: as it does.
+        """
+        size = self.prior("appearance")().event_shape[0]
+        composed = Scene.from_json(
+            scenes, appearance=size, classes=self.classes, pose=self.usual_pose()
+        )
+        return composed.to(self.device)
+
+    def usual_pose(self) -> list[float] | None:
+        """Of an object of which nothing is said, see `scene.POSE`; None if objects have none."""
+        return None
 
     def render(self, scene: Scene) -> Tensor:
         """The sum of the layers, the mean of p(x given scene), cut off at 1, (B, C, H, W)."""

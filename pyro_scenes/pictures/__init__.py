@@ -18,7 +18,15 @@ from torch import Tensor
 from pyro_scenes.errors import NothingToDraw
 from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
-from pyro_scenes.pictures.changed import sample, sample_counted, samples, swap, templates, traversal
+from pyro_scenes.pictures.changed import (
+    rendered,
+    sample,
+    sample_counted,
+    samples,
+    swap,
+    templates,
+    traversal,
+)
 from pyro_scenes.pictures.common import IMAGES, with_objects
 from pyro_scenes.pictures.inferred import inference, steps, tables
 
@@ -29,6 +37,7 @@ __all__ = [
     "applying",
     "draw",
     "inference",
+    "rendered",
     "sample",
     "sample_counted",
     "samples",

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_scenes import plots
 from pyro_scenes.errors import NothingToDraw, UserError
 from pyro_scenes.machine import at_a_time, seeded
-from pyro_scenes.models import GenerativeModel
+from pyro_scenes.models import GenerativeModel, SceneModel
 from pyro_scenes.models.attend import Attend
 from pyro_scenes.pictures.common import IMAGES, STEPS, pick, scenes_in, varied
 from pyro_scenes.scene import POSE, Scene
@@ -152,6 +152,15 @@ def sample_counted(
         sizes = [min(size, count - start) for start in range(0, count, size)]
         images, counts = zip(*(model.draw(size) for size in sizes), strict=True)
     return torch.cat(images).cpu(), None if None in counts else torch.cat(counts).cpu()
+
+
+@torch.no_grad()
+def rendered(model: SceneModel, scenes: Scene) -> Tensor:
+    """What the model makes of scenes, some at a time, on the CPU, (B, C, H, W)."""
+    objects = scenes.present.shape[1]
+    size = max(1, at_a_time(BATCH, *model.image_shape[1:]) // max(1, objects))
+    parts = [model.render(scenes[start : start + size]) for start in range(0, len(scenes), size)]
+    return torch.cat(parts).cpu()
 
 
 def samples(model: GenerativeModel, images: Tensor, limit: float | None = None) -> Figure:
