@@ -41,6 +41,7 @@ from pyro_scenes.data import load_npz, load_pngs, load_pyro_mnist, mnist
 from pyro_scenes.errors import UserError
 from pyro_scenes.files import parse_json, read_json
 from pyro_scenes.models import MODELS
+from pyro_scenes.scene import Scene
 from pyro_scenes.training import train
 
 BOUND = 2**26  # bytes that a file may take here
@@ -237,6 +238,19 @@ def read_settings(path: Path, data: bytes) -> None:
     json.dumps(config.to_dict())
 
 
+def scenes_seeds(folder: Path) -> list[bytes]:
+    one: dict = {"x": 1.5, "y": 20, "box": [1, 2, 3, 4], "kind": 2, "what": [0.5, -1]}
+    two = {"x": 3, "y": 4, "kind": 0, "scale_x": 0.5, "angle": -1.0}
+    scenes: list[dict] = [{"count": 2, "objects": [one, two]}, {"count": 0, "objects": []}]
+    return [json.dumps(content).encode() for content in (scenes, scenes[::-1])]
+
+
+def read_scenes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    content = read_json(path, kind=list)
+    Scene.from_json(content, appearance=2, classes=3, pose=[1.0, 1.0, 0.0, 0.0, 0.0]).to_json()
+
+
 def npz_seeds(folder: Path) -> list[bytes]:
     images = np.zeros((2, 4, 5, 1), np.uint8)
     images[0, 1, 1:3] = 255
@@ -315,7 +329,8 @@ def read_checkpoint(path: Path, data: bytes) -> None:
 
 TARGETS = {
     "idx": Target(idx_seeds, read_idx, in_gzip, 0.5),
-    "json": Target(json_seeds, read_settings, in_json, 0.3),
+    "json": Target(json_seeds, read_settings, in_json, 0.2),
+    "scenes": Target(scenes_seeds, read_scenes, in_json, 0.1),
     "npz": Target(npz_seeds, read_npz, in_zip, 0.08),
     "labels": Target(labels_seeds, read_labels, in_zip, 0.03),
     "png": Target(png_seeds, read_png, in_png, 0.08),
@@ -383,7 +398,8 @@ def in_use() -> int:
 WATCHED = (
     "pyro_scenes.config", "pyro_scenes.checkpoint", "pyro_scenes.pickles", "pyro_scenes.tensors",
     "pyro_scenes.files", "pyro_scenes.data.mnist", "pyro_scenes.data.npz",
-    "pyro_scenes.data.png", "pyro_scenes.data.pyro_mnist", "zipfile", "json.decoder",
+    "pyro_scenes.data.png", "pyro_scenes.data.pyro_mnist", "pyro_scenes.scene",
+    "zipfile", "json.decoder",
     "PIL.PngImagePlugin", "PIL.ImageFile", "numpy.lib._format_impl",
 )
 

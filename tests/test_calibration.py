@@ -185,6 +185,33 @@ def test_a_posterior_of_objects_that_is_too_sure_is_caught() -> None:
     assert figures["ranks"]["z_app"]["spread"] > 1.2
 
 
+def test_objects_that_no_draw_of_the_guide_has_are_not_ranked() -> None:
+    class Blind(Cells):
+        @pyro_method
+        def guide(self, x: Tensor) -> None:
+            with pyro.plate("images", len(x), dim=-1):
+                pyro.sample("n", dist.Delta(x.new_zeros(len(x))))
+
+    found = calibration.measure(Blind(), 50, 9)
+    assert found.values["n"].isfinite().all() and found.counts.any()
+    for name, width in (("z_loc", 2), ("z_app", 1)):
+        assert found.values[name].shape == (50, width) and found.values[name].isnan().all()
+    assert set(calibration.summary(found)["ranks"]) == {"n"}
+    assert found.given[:, 0].tolist() == [1.0] * 50
+
+
+def test_the_limit_is_what_one_in_a_hundred_calibrated_guides_exceeds() -> None:
+    """By its number that is worst of three, of which one has fewer values than the others."""
+    values = torch.rand(500, 3).double()
+    values[:100, 1] = math.nan
+    figures = calibration.summary(calibration.Ranks({"z": values}))["ranks"]["z"]
+    assert (figures["numbers"], figures["scenes"]) == (3, 400)
+    assert figures["limit"] == pytest.approx(stats.kstwo.isf(0.01 / 3, 400), rel=0.02)
+    distances = [stats.kstest(column[~column.isnan()], "uniform").statistic
+                 for column in values.unbind(1)]
+    assert figures["distance"] == pytest.approx(max(distances), abs=1e-6)
+
+
 def test_ranks_by_hand() -> None:
     truth = torch.tensor([[2.0, math.nan], [2.0, 5.0], [0.0, 1.0]]).double()
     drawn = torch.tensor([[[1.0, 3.0], [2.0, math.nan], [math.nan, 2.0]],
