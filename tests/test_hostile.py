@@ -656,7 +656,7 @@ def test_a_short_fuzzing_finds_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
-        "idx", "json", "npz", "labels", "png", "checkpoint"]
+        "idx", "json", "scenes", "npz", "labels", "png", "checkpoint"]
     # What is damaged everywhere would be refused at the first byte.
     assert all(" of which 0 were read" not in line for line in lines[:-1])
     assert list(tmp_path.iterdir()) == []
