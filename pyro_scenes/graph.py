@@ -2,9 +2,9 @@
 
 Discrete-AIR, section 2.4 and appendix C.3; distances are of the centres alone, in pixels. An
 edge (i, j) embeds z_where^i - z_where^j with the direction in which j lies from i, the L2 distance
-of the attributes, and whether the categories are equal, or a distance between categories that the
-user gives. Every number has a name, the same in the networkx graph, in JSON and GraphML, and in the
-tensors.
+of the attributes, and whether the categories are equal; the user may give other distances of
+attributes, and a distance between categories. Every number has a name, the same in the networkx
+graph, in JSON and GraphML, and in the tensors.
 
 Nodes: ``x``, ``y`` (centre) and ``box_x``, ``box_y``, ``box_width``, ``box_height`` in pixels;
 ``scale_x``, ``scale_y``, ``angle`` (radians), ``shear_x``, ``shear_y`` where the model has a pose;
@@ -32,6 +32,7 @@ torch.Size([1, 2, 5])
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import networkx as nx
@@ -43,6 +44,12 @@ from pyro_scenes.scene import POSE, Scene
 
 BOX = ("box_x", "box_y", "box_width", "box_height")
 WHOLE = {"kind": int, "same_kind": bool}  # what is not a float in a networkx graph
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def euclidean(one: Tensor, other: Tensor) -> Tensor:
+    """L2, (..., L) and (..., L) -> (...)."""
+    return torch.linalg.vector_norm(one - other, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,16 @@ class GraphTensors:
     edge_names: tuple[str, ...]
 
 
-def tensors(scene: Scene, kind_distance: Tensor | None = None) -> GraphTensors:
+def tensors(
+    scene: Scene, kind_distance: Tensor | None = None, what_distance: Distance = euclidean
+) -> GraphTensors:
     """:param kind_distance: (K, K), replaces the equality of categories.
-
-    :raises UserError: if the distances do not cover the categories, or there are none.
+    :param what_distance: of attributes, (..., L) and (..., L) -> (...); they may broadcast.
+    :raises UserError: if the distances do not cover the categories, or there are none, or those of
+        attributes are not a number for each pair.
     """
     slots = scene.present.shape[1]
-    nodes, edges = _nodes(scene), _edges(scene, kind_distance)
+    nodes, edges = _nodes(scene), _edges(scene, kind_distance, what_distance)
     others = ~torch.eye(slots, dtype=torch.bool, device=scene.present.device)
     source, target = others.nonzero(as_tuple=True)
     edge_mask = (scene.present[:, :, None] & scene.present[:, None, :])[:, source, target]
@@ -93,9 +103,11 @@ def tensors(scene: Scene, kind_distance: Tensor | None = None) -> GraphTensors:
     )
 
 
-def graphs(scene: Scene, kind_distance: Tensor | None = None) -> list[nx.DiGraph]:
+def graphs(
+    scene: Scene, kind_distance: Tensor | None = None, what_distance: Distance = euclidean
+) -> list[nx.DiGraph]:
     """One graph a scene, its nodes numbered from 0. Parameters as for `tensors`."""
-    padded = tensors(scene.to("cpu"), kind_distance)
+    padded = tensors(scene.to("cpu"), kind_distance, what_distance)
     result = []
     for b in range(len(scene)):
         graph = nx.DiGraph()
@@ -110,17 +122,23 @@ def graphs(scene: Scene, kind_distance: Tensor | None = None) -> list[nx.DiGraph
     return result
 
 
-def to_json(scene: Scene, kind_distance: Tensor | None = None) -> list[dict]:
+def to_json(
+    scene: Scene, kind_distance: Tensor | None = None, what_distance: Distance = euclidean
+) -> list[dict]:
     """One node-link object a scene, which ``networkx.node_link_graph`` reads.
 
     Before networkx 3.6 that has to be told ``edges="edges"``.
     """
-    return [nx.node_link_data(graph, edges="edges") for graph in graphs(scene, kind_distance)]
+    made = graphs(scene, kind_distance, what_distance)
+    return [nx.node_link_data(graph, edges="edges") for graph in made]
 
 
-def to_graphml(scene: Scene, kind_distance: Tensor | None = None) -> list[str]:
+def to_graphml(
+    scene: Scene, kind_distance: Tensor | None = None, what_distance: Distance = euclidean
+) -> list[str]:
     """One GraphML document a scene, which ``networkx.parse_graphml`` reads."""
-    return ["\n".join(nx.generate_graphml(graph)) for graph in graphs(scene, kind_distance)]
+    made = graphs(scene, kind_distance, what_distance)
+    return ["\n".join(nx.generate_graphml(graph)) for graph in made]
 
 
 def _nodes(scene: Scene) -> dict[str, Tensor]:
@@ -136,7 +154,9 @@ def _nodes(scene: Scene) -> dict[str, Tensor]:
     return features
 
 
-def _edges(scene: Scene, kind_distance: Tensor | None) -> dict[str, Tensor]:
+def _edges(
+    scene: Scene, kind_distance: Tensor | None, what_distance: Distance
+) -> dict[str, Tensor]:
     """Features of each pair of slots by name, (B, M, M), source first; anything where absent."""
     # What is absent is NaN, whose gradient would be that of objects that are there too.
     apart = _differences(scene.where.masked_fill(~scene.present[..., None], 0.0))
@@ -155,7 +175,13 @@ def _edges(scene: Scene, kind_distance: Tensor | None) -> dict[str, Tensor]:
                 value = torch.remainder(value + math.pi, 2 * math.pi) - math.pi
             features[f"d_{name}"] = value
     if scene.what is not None:
-        features["what_distance"] = torch.linalg.vector_norm(_differences(scene.what), dim=-1)
+        far = what_distance(scene.what[:, :, None], scene.what[:, None])
+        if far.shape != dx.shape:
+            raise UserError(
+                f"a distance between attributes is a number for each pair, of shape"
+                f" {tuple(dx.shape)}, not {tuple(far.shape)}"
+            )
+        features["what_distance"] = far
     if kind_distance is not None:
         features["kind_distance"] = _kind_distance(scene, kind_distance)
     elif scene.kind is not None:

@@ -67,6 +67,20 @@ def test_what_a_model_does_not_have_is_left_out() -> None:
     assert set(bare.edges[0, 1]) == {"dx", "dy", "distance", "direction"}
 
 
+def test_a_distance_between_attributes_of_ones_own() -> None:
+    def city_block(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (one - other).abs().sum(-1)
+
+    scenes = scene()
+    for first in (graph.graphs(scenes, what_distance=city_block)[0],
+                  nx.node_link_graph(graph.to_json(scenes, None, city_block)[0], edges="edges"),
+                  nx.parse_graphml(graph.to_graphml(scenes, None, city_block)[0], node_type=int)):
+        assert first.edges[0, 1]["what_distance"] == first.edges[1, 0]["what_distance"] == 7.0
+        assert first.edges[0, 2]["what_distance"] == 1.0
+    with pytest.raises(UserError, match="a number for each pair"):
+        graph.tensors(scenes, what_distance=lambda one, other: one - other)
+
+
 def test_a_distance_between_categories_of_ones_own() -> None:
     table = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0], [6.0, 7.0, 8.0]])
     first = graph.graphs(scene(), table)[0]
