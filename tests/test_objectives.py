@@ -1,20 +1,30 @@
-"""The plain objective, by which a model is trained that is registered and no more."""
+"""The plain objective, by which a model is trained that is registered and no more.
+
+And what others weigh and count, by hand; their own schedules are in test_air.py and others.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from test_air import DISCRETE
+from torch import Tensor
 
 from pyro_scenes import checkpoint
 from pyro_scenes.config import TrainConfig, make_config
 from pyro_scenes.data import SceneData, save_npz
 from pyro_scenes.models import MODELS
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
+from pyro_scenes.models.discrete_air import DiscreteAIR
 from pyro_scenes.objectives import OBJECTIVES, Objective, Schedule
+from pyro_scenes.objectives.air import DiscreteAIRObjective, DiscreteAIRSchedule, Rescue
+from pyro_scenes.objectives.base import Weighted
 from pyro_scenes.training import train
 
 CONFIG = ConvVAEConfig(2, 2, 8, "fast")
@@ -91,3 +101,57 @@ def test_a_registered_model_trains_without_more(
     loss = history["loss"][1]
     assert loss[-1] < loss[0]
     assert isinstance(checkpoint.load(tmp_path / "run").model, ConvVAE)
+
+
+# --- what others weigh and count -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_weight_multiplies_the_scale_that_a_site_has(inside: bool) -> None:
+    def sites() -> None:
+        for name in ("z_app_0", "z_loc_0"):
+            pyro.sample(name, dist.Normal(0.0, 1.0), obs=torch.tensor(2.0))
+
+    parts = [poutine.scale(scale=0.25), Weighted("z_app", 0.5)]
+    with parts[inside], parts[not inside]:
+        trace = poutine.trace(sites).get_trace()
+    trace.compute_log_prob()
+    log_prob = dist.Normal(0.0, 1.0).log_prob(torch.tensor(2.0))
+    assert torch.allclose(trace.nodes["z_app_0"]["log_prob"], 0.125 * log_prob)
+    assert torch.allclose(trace.nodes["z_loc_0"]["log_prob"], 0.25 * log_prob)
+
+
+def test_balance_by_hand() -> None:
+    """Shares of 2.8, 0.8, 0.4 and 0 are off by 1 at most, -0.2, -0.6 and -1: -0.2 in the mean."""
+    rescue, usage = Rescue(classes=4, rate=1.0, balance=0.25), torch.tensor([0.7, 0.2, 0.1, 0.0])
+    rescue.usage.copy_(usage)
+    for times in (1, 2):
+        rescue(10 * usage)
+        expected = times * torch.tensor([-0.3, 0.0, 0.1, 0.2])
+        assert torch.allclose(rescue.start, expected, atol=1e-6)
+    assert torch.allclose(rescue.usage, usage)
+
+
+def test_the_use_of_categories_is_that_of_the_objects_that_are_there() -> None:
+    torch.manual_seed(0)
+    model = DiscreteAIR(DISCRETE, SHAPE)
+    objective = DiscreteAIRObjective(DiscreteAIRSchedule(attributes_from=1), model, 10)
+    seen: list[dict[str, Tensor]] = []
+    guide = DiscreteAIR.guide
+
+    def watched(self: DiscreteAIR, x: Tensor) -> list[dict[str, Tensor]]:
+        found = guide(self, x)
+        seen.extend(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiscreteAIR, "guide", watched)
+        _, figures = objective.loss(model, torch.rand(16, *SHAPE), 0)
+        used = torch.stack([step["z_cat"][i] * step["here"][i] for step in seen
+                            for i in range(16)]).detach().sum(0)
+        usage = 0.98 / model.classes + 0.02 * used / used.sum()
+        assert torch.allclose(objective.rescue.usage, usage, atol=1e-6)
+        assert usage.max() > usage.min() + 1e-3
+        assert figures["least used"] == pytest.approx(usage.min().item())
+        objective.loss(model, torch.rand(16, *SHAPE), 1)  # attributes count
+    assert torch.allclose(objective.rescue.usage, usage, atol=1e-6)
