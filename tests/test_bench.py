@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_scenes import bench, checkpoint, cli
-from pyro_scenes.bench import floors, growth, plain, pyro_air, scaling, turns
+from pyro_scenes.bench import floors, growth, launches, plain, pyro_air, scaling, turns
 from pyro_scenes.bench.late import Told, Trainer
 from pyro_scenes.bench.turns import take_turns
 from pyro_scenes.config import make_config
@@ -547,7 +547,8 @@ def measured(processes: int, threads: int, step: float, image: float) -> dict:
 
 
 SEVERAL = {"machine": {"processor": "P", "cores": 2, "device": "cpu", "torch": "2"},
-           "batch": 64, "steps": 3, "rows": [measured(1, 1, 0.3, 0.02), measured(2, 1, 0.2, 0.01)]}
+           "batch": 64, "steps": 3, "rows": [measured(1, 1, 0.3, 0.02), measured(2, 1, 0.2, 0.01)],
+           "launches": {"air-x": {"batch": 64, "operations": 3000, "waits": 5}}}
 
 
 def test_rows_of_several_processes_are_compared_with_the_first() -> None:
@@ -564,7 +565,34 @@ def test_what_more_machines_would_gain_by_hand() -> None:
     assert "| NVLink, 200 GB/s | 0.02 | 0.035 | 2.0 | 8.0 |" in lines
 
 
-def test_one_process_is_measured() -> None:
+def test_operations_at_the_time_of_a_launch_by_hand() -> None:
+    assert scaling.table(SEVERAL).splitlines()[-1] == "| air-x | 64 | 3,000 | 5 | 15 | 30 |"
+
+
+def test_launches_by_hand() -> None:
+    x, some = torch.rand(4, requires_grad=True), torch.tensor([True, False, True, True])
+    with launches.Launches() as counted:
+        y = x.view(2, 2).exp()  # a view is none
+        y.sum().backward()  # the sum, a one, and its product with the slope
+    assert (counted.operations, counted.waits) == (4, 0)
+    with launches.Launches() as counted, torch.no_grad():
+        float(x.sum())  # the sum, and its value
+        x[some]
+        x[torch.tensor([0])]
+        x.nonzero()
+    assert counted.waits == 3
+
+
+def test_the_launches_of_a_shipped_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "TRAININGS", ("air-multi-sprites",))
+    monkeypatch.setattr(floors, "IMAGES", 80)
+    found, again = (launches.count()["air-multi-sprites"] for _ in range(2))
+    assert found == again and found["batch"] == 64
+    assert 500 < found["operations"] < 10_000 and 0 < found["waits"] < 100
+
+
+def test_one_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "count", dict)
     (row,) = scaling.run("cpu", steps=1, most=1)["rows"]
     assert (row["processes"], row["threads"]) == (1, 1)
     assert row["step"]["median"] > 0 and row["image"] > 0

@@ -3,6 +3,7 @@
 A new model gets a row of ``TABLE``.
 """
 
+import copy
 import json
 import math
 from collections import Counter
@@ -614,6 +615,27 @@ def test_scenes_written_and_read_again_are_drawn_alike(row: Row) -> None:
         assert pose is not None
         scale, angle, shear, _ = model.pose(torch.zeros(model.prior("where")().event_shape))
         assert torch.allclose(pose[0, 0], torch.cat([scale, angle.view(1), shear]))
+
+
+def test_a_copy_is_trained_apart(row: Row) -> None:
+    """In Pyro's store too, which has parameters by the names of their models."""
+    model = built(row)
+    other = copy.deepcopy(model)
+
+    def step(of: GenerativeModel) -> float:
+        torch.manual_seed(0)
+        adam = pyro.optim.Adam({"lr": 1e-3})
+        return SVI(of.model, row.guide(of), adam, Trace_ELBO()).step(images())
+
+    names = [[name for name, _ in m.named_parameters()] for m in (model, other)]
+    assert names[0] == names[1] and type(other) is type(model)
+    loss = step(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    start = [p.detach().clone() for p in other.parameters()]
+    assert step(other) == pytest.approx(loss)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not all(map(torch.equal, start, other.parameters()))
+    assert all(map(torch.allclose, before, other.parameters()))
 
 
 def test_priors_are_moved_to_where_the_model_is(row: Row) -> None:

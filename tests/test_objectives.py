@@ -22,13 +22,19 @@ from pyro_scenes.data import SceneData, save_npz
 from pyro_scenes.models import MODELS
 from pyro_scenes.models.conv_vae import ConvVAE, ConvVAEConfig
 from pyro_scenes.models.discrete_air import DiscreteAIR
+from pyro_scenes.models.lavae import LAVAE, LAVAEConfig
 from pyro_scenes.objectives import OBJECTIVES, Objective, Schedule
 from pyro_scenes.objectives.air import DiscreteAIRObjective, DiscreteAIRSchedule, Rescue
 from pyro_scenes.objectives.base import Weighted
+from pyro_scenes.objectives.lavae import LAVAEObjective, LAVAESchedule
 from pyro_scenes.training import train
 
 CONFIG = ConvVAEConfig(2, 2, 8, "fast")
 SHAPE = (1, 8, 8)
+SMALL = LAVAEConfig(
+    max_objects=2, latent=2, sprite=5, crop=7, location_width=8, location_blocks=1,
+    appearance_width=4, appearance_hidden=6, sprite_hidden=(5,),
+)
 
 
 @pytest.fixture
@@ -155,3 +161,28 @@ def test_the_use_of_categories_is_that_of_the_objects_that_are_there() -> None:
         assert figures["least used"] == pytest.approx(usage.min().item())
         objective.loss(model, torch.rand(16, *SHAPE), 1)  # attributes count
     assert torch.allclose(objective.rescue.usage, usage, atol=1e-6)
+
+
+def test_the_figure_of_a_loss_is_without_the_warm_up() -> None:
+    x, found = (torch.rand(4, 1, 16, 16) < 0.2).float(), []
+    for weight in (1.0, 2.0):
+        torch.manual_seed(0)
+        model = LAVAE(SMALL, (1, 16, 16))
+        schedule = LAVAESchedule(warmup_full=5, warmup_end=10, warmup_weight=weight)
+        objective = LAVAEObjective(schedule, model, 100)
+        torch.manual_seed(1)
+        found.append(objective.loss(model, x, 0)[1])
+    once, twice = found
+    assert once["warmup"] > 10 and twice["warmup"] == pytest.approx(2 * once["warmup"])
+    assert twice["loss"] == pytest.approx(once["loss"], rel=1e-4)
+    assert once["loss"] > 0  # as -log p of what is discrete
+
+
+def test_a_target_is_lower_where_other_images_have_more_to_find() -> None:
+    """The least that counts as a peak is 0.3 of 9.1, the quantile 0.9 of 10 and 1."""
+    schedule = LAVAESchedule(warmup_height=3.0, warmup_blur=0.0)
+    objective = LAVAEObjective(schedule, LAVAE(SMALL, (1, 16, 16)), 100)
+    kl, expected = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8)
+    kl[0, 2, 5], kl[1, 4, 4] = 10.0, 1.0
+    expected[0, 2, 5], expected[1, 4, 4] = 3.0, 3 * (1 / 2.73) ** 3
+    assert torch.allclose(objective.location_target(kl, (8, 8)), expected, rtol=1e-4)

@@ -18,6 +18,7 @@ import pyro
 import torch
 
 from pyro_scenes import bounds, checkpoint, distributed, tables
+from pyro_scenes.bench import launches
 from pyro_scenes.bench.turns import spread
 from pyro_scenes.config import make_config
 from pyro_scenes.errors import UserError
@@ -30,6 +31,7 @@ IMAGES, PARTICLES, CHUNK = 64, 20, 100  # of an evaluation
 # What links are taken to carry, bytes a second, and numbers of machines.
 RATES = {"gloo on one machine": 2e9, "10 Gbit Ethernet": 1e9, "NVLink": 2e11}
 MANY = (2, 8)
+LAUNCHES = (5, 10)  # microseconds that an operation of a GPU is taken to need to be launched
 
 
 def run(device: str, steps: int, most: int | None = None) -> dict:
@@ -50,7 +52,8 @@ def run(device: str, steps: int, most: int | None = None) -> dict:
         _row(processes, each, target.type, steps)
         for processes, each in [(1, 1), *threads, *((n, 1) for n in counts[1:])]
     ]
-    return {"machine": machine(target), "batch": BATCH, "steps": steps, "rows": rows}
+    return {"machine": machine(target), "batch": BATCH, "steps": steps, "rows": rows,
+            "launches": launches.count()}
 
 
 def _cores() -> set[int] | range:
@@ -114,7 +117,7 @@ def _settled(device: torch.device) -> None:
 
 
 def table(result: dict) -> str:
-    """The same as Markdown tables, with the machine above them: measured, then reckoned."""
+    """The same as Markdown tables, with the machine above them: measured, reckoned, counted."""
     one = result["rows"][0]
     about = "{processor}, {cores} cores, {device}, torch {torch}".format(**result["machine"])
     headings = ("processes", "threads each", "ms a step", "times as fast",
@@ -145,7 +148,18 @@ def table(result: dict) -> str:
         *tables.lines(headings, rows), "",
         "What follows for N machines such as this one, by the arithmetic below and at rates that"
         " are assumed:", "",
-        *tables.lines(links, reckoned),
+        *tables.lines(links, reckoned), "",
+        "What a training step asks of a GPU, counted on the processor, in the middle of shipped"
+        " trainings; a step that is launched as slowly as is assumed takes no less time:", "",
+        *tables.lines(
+            ("training", "images a step", "operations", "of which it waits for",
+             *(f"ms at {each} us each" for each in LAUNCHES)),
+            [
+                (name, str(row["batch"]), f"{row['operations']:,}", str(row["waits"]),
+                 *(f"{1e-3 * each * row['operations']:.0f}" for each in LAUNCHES))
+                for name, row in result["launches"].items()
+            ],
+        ),
     ])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -49,8 +50,16 @@ class GenerativeModel(PyroModule):
     def __init__(self, name: str = "") -> None:
         """:param name: of its parameters in Pyro's store; by default one that no other model has.
         """
-        super().__init__(name or f"{type(self).__name__}-{next(NUMBERS)}")
+        super().__init__(name or _name(type(self)))
         _ready(self._pyro_context)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GenerativeModel:
+        """A copy with a name of its own: in Pyro's store it would have the model's parameters."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if "." not in self._pyro_name:  # or it is a part of another module, which names it
+            made._pyro_set_supermodule(_name(type(self)), made._pyro_context)
+        return made
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)
@@ -289,6 +298,11 @@ class SceneModel(GenerativeModel):
             return drawn > threshold
         brightest = drawn.amax((-2, -1), keepdim=True)
         return drawn > torch.where(brightest > threshold, threshold, brightest / 2)
+
+
+def _name(kind: type) -> str:
+    """Of a model in Pyro's store, which no other has."""
+    return f"{kind.__name__}-{next(NUMBERS)}"
 
 
 def family(site: str) -> str:
