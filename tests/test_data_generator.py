@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -399,3 +400,11 @@ def test_scenes_that_are_chosen_are_no_sample_of_what_made_them():
     data = make("multi-dsprites", 12)
     assert data[:5].origin == data[::2].origin == data.origin is not None
     assert data[data.counts == 3].origin is None and data[0].origin is None
+
+
+def test_others_that_are_no_data_set_are_told_before_a_training(monkeypatch):
+    spec = replace(DATASETS["multi-dsprites"], name="mine", others={"larger ones": "nope"})
+    monkeypatch.setitem(DATASETS, "mine", spec)
+    for ask in (lambda: make("mine", 1), lambda: load("mine", split="train", images=1)):
+        with pytest.raises(UserError, match="models of mine are measured on 'nope' too"):
+            ask()

@@ -24,10 +24,15 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def dataset(name: str) -> DatasetSpec:
-    """A data set by name. Raises UserError for an unknown one."""
+    """A data set by name. Raises UserError for an unknown one, or with others that are unknown."""
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r:.60}; one of {', '.join(DATASETS)}")
-    return DATASETS[name]
+    spec = DATASETS[name]
+    for other in spec.others.values():
+        if other not in DATASETS:
+            raise UserError(f"models of {name} are measured on {other!r:.60} too, which is no data"
+                            " set: register it, or leave it out of the others")
+    return spec
 
 
 def make(
