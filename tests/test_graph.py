@@ -89,7 +89,8 @@ def test_a_distance_between_categories_of_ones_own() -> None:
     assert "same_kind" not in first.edges[0, 1]
     plain = graph.tensors(scene(), table).edge_attr
     for given in (table.double(), table.long()):
-        assert torch.equal(graph.tensors(scene(), given).edge_attr, plain)
+        found = graph.tensors(scene(), given).edge_attr
+        assert found.dtype == plain.dtype and torch.equal(found, plain)
     for wrong in (table[:2, :2], table[:2], table[0]):
         with pytest.raises(UserError, match="square of at least 3 rows"):
             graph.graphs(scene(), wrong)

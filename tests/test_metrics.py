@@ -139,6 +139,12 @@ def test_matching_finds_each_object_its_own():
     assert matches.dtype == np.int64
 
 
+def test_matching_takes_boxes_that_have_gradients() -> None:
+    true = torch.tensor(boxes([(10, 10, 8), (30, 10, 8)]))
+    inferred = true.flip(1).requires_grad_()
+    assert metrics.match_by_place(inferred, true).tolist() == [[1, 0]]
+
+
 def test_matching_is_of_all_objects_at_once():
     # The object at 10 is nearest to both, yet each can be matched: pairs come before distances.
     true = boxes([(10, 0, 10), (16, 0, 10)])

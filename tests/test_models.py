@@ -231,7 +231,7 @@ def test_pyros_svi_and_optimisers_train_it_as_torchs_do(row) -> None:
         model.sample(2)
         Objective(Schedule(), model, 1).backward(model, images(), 0)
         model.zero_grad(set_to_none=True)
-        assert not store["params"]
+        assert not store["params"] and len(pyro.get_param_store()) == 0
         adam = pyro.optim.Adam({"lr": 1e-2})
         torch.manual_seed(0)
         model.train()
