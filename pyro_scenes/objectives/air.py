@@ -79,7 +79,7 @@ class Rescue(nn.Module):
             self.usage.lerp_(used / used.sum(), 0.02)
         share = len(used) * self.usage  # 1 is fair
         if self.balance:
-            excess = (share - 1).clamp(-1.0, 1.0)
+            excess = (share - 1).clamp(max=1.0)
             self.start.sub_(self.balance * (excess - excess.mean()))
         else:
             hardly = share < HARDLY

@@ -146,4 +146,4 @@ def decayed(step: int, steps: int, ramp: int, decay_from: float, decay_to: float
     """Factor of a learning rate: a rise over ``ramp`` steps, and a cosine from a part of all on."""
     part = linear(step, int(decay_from * steps), steps)
     factor = decay_to + (1 - decay_to) * 0.5 * (1 + math.cos(math.pi * part))
-    return factor * (linear(step, -1, ramp) if ramp else 1.0)
+    return factor * linear(step, -1, ramp)

@@ -134,8 +134,7 @@ class LAVAEObjective(Objective):
     would not become sharp: where codes are cheap they tell offsets too. Networks that have learnt
     to say little do not unlearn it soon: ``appearance_anew``.
 
-    :raises UserError: for settings that contradict each other, or images that the auxiliary VAE
-        does not suit.
+    :raises UserError: for settings that contradict each other.
     """
 
     def __init__(self, schedule: LAVAESchedule, model: LAVAE, steps: int):
@@ -145,8 +144,6 @@ class LAVAEObjective(Objective):
         c = model.config
         alike = replace(AUXILIARY[c.networks], likelihood=c.likelihood, sigma=c.sigma)
         self.auxiliary = ConvVAE(alike, model.image_shape)
-        if schedule.warmup_weight and schedule.warmup_end:
-            self.auxiliary.check(torch.zeros(1, *model.image_shape))
         if schedule.dreams and not model.config.count_softness:
             raise UserError("dreams teach counts by their gradient: set count_softness above 0, or"
                             " dreams to 0")
@@ -228,7 +225,7 @@ class LAVAEObjective(Objective):
             probed = torch.rand(len(x), device=x.device) < probe
             with torch.set_grad_enabled(located):
                 encoded = model.encode(x, probed)
-            inferred = (encoded.count.detach() - probed.float()).mean().item()
+            inferred = (encoded.count - probed.float()).mean().item()
             if target is not None:
                 # Per image, summed over pixels. In Pyro's terms a factor of the guide.
                 penalty = weight * (encoded.heights - target).square().sum()
