@@ -134,8 +134,8 @@ def read_json(path: Path, names: Iterable[str] = (), kind: type = dict) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except ValueError as error:
-        raise UserError(f"{path} is not what it should be ({reason(error)}): remove it, or get it"
-                        " again") from None
+        raise UserError(f"{path} is not what it should be ({reason(error)}): mend or remove it, or"
+                        " get it again") from None
     return content
 
 

@@ -181,7 +181,7 @@ def _edges(
                 f"a distance between attributes is a number for each pair, of shape"
                 f" {tuple(dx.shape)}, not {tuple(far.shape)}"
             )
-        features["what_distance"] = far
+        features["what_distance"] = far.to(dx)
     if kind_distance is not None:
         features["kind_distance"] = _kind_distance(scene, kind_distance)
     elif scene.kind is not None:

@@ -69,7 +69,7 @@ class Scene:
         """
         if self.present[index].dim() != 2:
             raise TypeError("one scene is a batch of one: scenes[i : i + 1]")
-        return self._each(lambda values: values[index])
+        return self.each(lambda values: values[index])
 
     @property
     def counts(self) -> Tensor:
@@ -145,9 +145,10 @@ class Scene:
 
     def to(self, device: torch.device | str) -> Scene:
         """The same scenes on another device."""
-        return self._each(lambda values: values.to(device))
+        return self.each(lambda values: values.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Scene:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scene:
+        """With each tensor changed."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **changed)

@@ -1,7 +1,8 @@
 """A device that is not the CPU, where there is no GPU.
 
-Its operations and random numbers are the CPU's, so that whatever is computed is the same on either;
-but as on a GPU, no operation takes tensors of both. A process that imports this has it to its end.
+Its operations and random numbers are the CPU's, so that whatever is computed is the same on either.
+As on a GPU, operations do not take tensors of both, but for some that a GPU refuses and this does
+not: generators of the CPU, single numbers in place. A process that imports this has it to its end.
 """
 
 from __future__ import annotations
@@ -183,6 +184,7 @@ EVENTS = {
     "conv-vae": (),
 }
 STEPS = 8
+DEVICES: dict[str, list[str]] = {}  # of the model and of images, as figures were taken
 
 
 def refused() -> dict[str, bool]:
@@ -246,13 +248,15 @@ def figures(model: str, device: torch.device, data: Path) -> dict[str, Any]:
     if isinstance(trained, SceneModel):
         scene = trained.infer(x)
         found["render"] = trained.render(scene).tolist()
+        composed = trained.compose(scene.to_json())
+        found["composed"] = trained.render(composed).tolist(), composed.boxes.tolist()
         found["nodes"] = graph.tensors(scene).nodes.tolist()
         with trained.priors(count=UniformCount(0, 1)):
             found["swapped"] = bounds.iwae(trained, x, 3).tolist()
     loss = SVI(trained.model, trained.guide, Adam({"lr": 1e-4}), Trace_ELBO())
     found["svi"] = [loss.step(x) for _ in range(2)]
     del found["seconds"]
-    found["devices"] = [str(trained.device), str(x.device)]
+    DEVICES["here" if device.type == "cpu" else "there"] = [str(trained.device), str(x.device)]
     return found
 
 
@@ -287,6 +291,7 @@ def main(model: str, folder: Path) -> None:
         found = {
             "refused": refused(), "here": figures(model, torch.device("cpu"), scenes),
             "there": figures(model, DEVICE, scenes), "commands": commands(model, scenes),
+            "devices": DEVICES,
         }
     (folder / "found.json").write_text(json.dumps(found))
 

@@ -566,7 +566,7 @@ def test_what_more_machines_would_gain_by_hand() -> None:
 
 
 def test_operations_at_the_time_of_a_launch_by_hand() -> None:
-    assert scaling.table(SEVERAL).splitlines()[-1] == "| air-x | 64 | 3,000 | 5 | 15 | 30 |"
+    assert scaling.table(SEVERAL).splitlines()[-1] == "| air-x | 64 | 3,000 | 5 | 30 | 90 |"
 
 
 def test_launches_by_hand() -> None:

@@ -367,17 +367,17 @@ def test_boxes_are_those_of_the_ink() -> None:
     # Columns 1 to 2 and rows 0 to 3 of the sprite: its centre is half a pixel left and a whole
     # pixel up of the place's centre.
     model, scene = marked([(0, 1), (3, 2)], [(4, 6), (0, 0)], [0.9, 0.9])
-    boxes = model._boxes(scene)
+    boxes = model.boxes(scene)
     assert boxes[0, 0].tolist() == [6.0, 4.0, 2.0, 4.0]
     assert boxes[0, 1].tolist() == [0.0, 0.0, 2.0, 4.0]  # not cut by the canvas
     assert boxes[0, 2].isnan().all()
     model, scene = marked([(2, 2)], [(4, 6)], [0.6])
-    assert model._boxes(scene)[0, 0].tolist() == [6.5, 4.5, 1.0, 1.0]
+    assert model.boxes(scene)[0, 0].tolist() == [6.5, 4.5, 1.0, 1.0]
 
 
 def test_the_box_of_a_faint_sprite_is_its_window() -> None:
     model, scene = marked([(2, 2)], [(4, 6)], [0.4])
-    assert model._boxes(scene)[0, 0].tolist() == [6.5, 4.5, 5.0, 5.0]
+    assert model.boxes(scene)[0, 0].tolist() == [6.5, 4.5, 5.0, 5.0]
 
 
 def test_a_dim_grey_sprite_has_a_box_and_a_segment() -> None:
@@ -387,7 +387,7 @@ def test_a_dim_grey_sprite_has_a_box_and_a_segment() -> None:
         if not binary:
             model.likelihood = NormalImage(0.3)
         side = 5.0 if binary or value == 0 else 1.0
-        assert model._boxes(scene)[0, 0].tolist() == [6.5, 4.5, side, side]
+        assert model.boxes(scene)[0, 0].tolist() == [6.5, 4.5, side, side]
         expected = torch.zeros(8, 12, dtype=torch.long)
         expected[4, 6] = side == 1.0
         assert torch.equal(model.segment(scene)[0], expected)

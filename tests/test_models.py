@@ -607,6 +607,10 @@ def test_scenes_written_and_read_again_are_drawn_alike(row: Row) -> None:
     read = model.compose(json.loads(json.dumps(scene.to_json())))
     assert torch.equal(read.counts, scene.counts)
     assert torch.allclose(model.render(read), model.render(scene), atol=1e-6)
+    assert torch.allclose(read.boxes, scene.boxes, atol=1e-4, equal_nan=True)
+    wide = model.double().compose(scene.to_json())
+    assert model.render(wide).dtype == torch.double
+    model.float()
     if isinstance(model, Attend):  # of which nothing but the category has to be said
         size = model.prior("appearance")().event_shape[0]
         entry: dict = {"x": 4.0, "y": 3.0}

@@ -410,7 +410,8 @@ def test_pairs_stand_side_by_side_under_their_captions() -> None:
             plots.pairs_figure(*wrong)
 
 
-TRAIN = ["--model", "lavae", "--data", "data.npz", "--steps", "4", "--tensorboard"]
+TRAIN = ["--model", "lavae", "--data", "data.npz", "--device", "cpu", "--steps", "4",
+         "--tensorboard"]
 for setting in (*LAVAE, "batch_size=4", "eval_images=2", "log_every=1", "eval_every=2",
                 "checkpoint_every=2"):
     TRAIN += ["--set", setting]

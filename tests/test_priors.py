@@ -775,7 +775,7 @@ def test_an_evaluation_says_what_was_swapped(folder) -> None:
 
 
 def test_samples_have_the_counts_of_the_prior(folder) -> None:
-    line = "svi-infer model.pt --sample 40 --seed 3"
+    line = "svi-infer model.pt --device cpu --sample 40 --seed 3"
     result = run(f"{line} --prior count=uniform:5-6 --out new.npz --figure new.png")
     assert result.exit_code == 0, result.output
     data = load_npz("new.npz")

@@ -45,8 +45,8 @@ def home(shipped: Path, tmp_path: Path, monkeypatch) -> None:
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(cli.evaluate, ["--suite", "--images", "6", "--particles", "2",
-                                             *arguments])
+    return CliRunner().invoke(cli.evaluate, ["--suite", "--device", "cpu", "--images", "6",
+                                             "--particles", "2", *arguments])
 
 
 def test_a_checkpoint_is_measured_on_all_that_it_reads_and_that_fits() -> None:

@@ -31,7 +31,9 @@ IMAGES, PARTICLES, CHUNK = 64, 20, 100  # of an evaluation
 # What links are taken to carry, bytes a second, and numbers of machines.
 RATES = {"gloo on one machine": 2e9, "10 Gbit Ethernet": 1e9, "NVLink": 2e11}
 MANY = (2, 8)
-LAUNCHES = (5, 10)  # microseconds that an operation of a GPU is taken to need to be launched
+# Microseconds that an operation is taken to need: a launch alone, and with Python and autograd
+# round it (RUNS.md, On a GPU).
+LAUNCHES = (10, 30)
 
 
 def run(device: str, steps: int, most: int | None = None) -> dict:
@@ -150,7 +152,7 @@ def table(result: dict) -> str:
         " are assumed:", "",
         *tables.lines(links, reckoned), "",
         "What a training step asks of a GPU, counted on the processor, in the middle of shipped"
-        " trainings; a step that is launched as slowly as is assumed takes no less time:", "",
+        " trainings, and what they take at a time for each that is assumed:", "",
         *tables.lines(
             ("training", "images a step", "operations", "of which it waits for",
              *(f"ms at {each} us each" for each in LAUNCHES)),

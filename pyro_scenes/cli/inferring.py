@@ -47,7 +47,8 @@ from pyro_scenes.cli.options import (
               "go with it.")
 @click.option("--render", type=FILE, metavar="FILE",
               help="Draw the scenes in a JSON file, such as --out writes, perhaps changed or "
-              "written by hand, in place of finding those in IMAGES.")
+              "written by hand, on a canvas of the training's size, in place of finding those in "
+              "IMAGES.")
 @click.option("--data", metavar="NAME|FILE",
               help="With --sample and a prior that is fitted: where the run's images are now.")
 @prior_option
@@ -69,6 +70,8 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
     if bool(images) + bool(sample) + bool(render) != 1:
         raise click.UsageError("give either IMAGES, --sample N or --render FILE")
     wanted = {name: path for name, path in drawings.items() if path}
+    if render and out and out.resolve() == render.resolve():
+        raise click.UsageError("--out would take the place of the scenes that --render reads")
     if not out and not wanted:
         raise click.UsageError("nothing to write: give --out, --figure or another picture")
     if not images and wanted.keys() - {"inference"}:

@@ -165,9 +165,9 @@ class Attend(SceneModel):
             size=size,
             pose=pose,
         )
-        return replace(scene, boxes=self._boxes(scene))
+        return replace(scene, boxes=self.boxes(scene))
 
-    def _boxes(self, scene: Scene) -> Tensor:
+    def boxes(self, scene: Scene) -> Tensor:
         """The box of each object's ink, pixels (B, M, 4); NaN where absent."""
         drawn = self.layers(scene).amax(2)  # (B, M, H, W)
         ink = self.ink(drawn, INK)

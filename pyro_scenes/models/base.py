@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from pyro_scenes.errors import UserError
 from pyro_scenes.machine import own_parameters
 from pyro_scenes.scene import Scene
 
-# What suits the data sets of grey images whose sides every model reads.
-GREY = dict.fromkeys(("multi-sprites", "multi-sprites-small"), {"likelihood": "normal"})
-INK = 0.3  # of 1, the least that counts as a grey object's in its box and segment
+# What suits the data sets of grey images.
+GREY = dict.fromkeys(
+    ("multi-mnist", "multi-sprites", "multi-sprites-small"), {"likelihood": "normal"}
+)
+INK = 0.3  # of 1, the least that counts as a grey object's in its box
 ROUNDED = 1e-3  # so far beyond 0 and 1 a value may be that was rounded
 NUMBERS = itertools.count()  # of models, for their names
 
@@ -241,6 +244,7 @@ class SceneModel(GenerativeModel):
         """
         return value
 
+    @torch.no_grad()
     def compose(self, scenes: Any) -> Scene:
         """What `render` draws, from what `Scene.to_json` wrote, perhaps changed, or by hand.
 
@@ -251,7 +255,15 @@ class SceneModel(GenerativeModel):
         composed = Scene.from_json(
             scenes, appearance=size, classes=self.classes, pose=self.usual_pose()
         )
-        return composed.to(self.device)
+        like = next(self.parameters())
+        composed = composed.each(
+            lambda values: values.to(like) if values.is_floating_point() else values.to(like.device)
+        )
+        return replace(composed, boxes=self.boxes(composed))
+
+    def boxes(self, scene: Scene) -> Tensor:
+        """The box of each object's ink, pixels (B, M, 4); NaN where absent, or not known."""
+        return scene.boxes
 
     def usual_pose(self) -> list[float] | None:
         """Of an object of which nothing is said, see `scene.POSE`; None if objects have none."""
@@ -277,8 +289,8 @@ class SceneModel(GenerativeModel):
     def segment(self, scene: Scene, threshold: float = 0.5) -> Tensor:
         """The object of each pixel, (B, H, W) long: 0 for background, m + 1 for slot m.
 
-        A pixel belongs to the object that adds most to it, in the channel where it adds most, or
-        to the background if it is not of that one's ink, see there.
+        A pixel belongs to the object that adds most to it, in the channel where it adds most, of
+        those whose `ink` it is, and to the background if it is nobody's.
         """
         parts = self.layers(scene).amax(2)  # (B, M, H, W)
         if parts.shape[1] == 0:

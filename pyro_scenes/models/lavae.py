@@ -418,7 +418,7 @@ class LAVAE(SceneModel):
         what = torch.stack(means, 1) if means else x.new_zeros(len(x), 0, self.config.latent)
         size = x.shape[-2], x.shape[-1]
         scene = Scene(present, where, where.new_zeros(len(x), slots, 4), what=what, size=size)
-        return replace(scene, boxes=self._boxes(scene))
+        return replace(scene, boxes=self.boxes(scene))
 
     def sprites(self, scene: Scene) -> Tensor:
         if scene.what is None or scene.what.shape[-1] != self.config.latent:
@@ -431,7 +431,7 @@ class LAVAE(SceneModel):
             sprites[scene.present] = self.sprite_net(scene.what[scene.present])
         return sprites
 
-    def _boxes(self, scene: Scene) -> Tensor:
+    def boxes(self, scene: Scene) -> Tensor:
         """The box of each sprite's ink, of binary images its pixels above one half.
 
         :return: pixels, (B, M, 4); NaN where absent.

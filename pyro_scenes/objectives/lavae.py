@@ -142,7 +142,8 @@ class LAVAEObjective(Objective):
         if schedule.exact_divergence:
             self.elbo = PlacesFirstELBO()
         c = model.config
-        alike = replace(AUXILIARY[c.networks], likelihood=c.likelihood, sigma=c.sigma)
+        usual = AUXILIARY.get(c.networks, AUXILIARY["fast"])
+        alike = replace(usual, likelihood=c.likelihood, sigma=c.sigma)
         self.auxiliary = ConvVAE(alike, model.image_shape)
         if schedule.dreams and not model.config.count_softness:
             raise UserError("dreams teach counts by their gradient: set count_softness above 0, or"
