@@ -243,6 +243,7 @@ BAD = [
     ("svi-infer run --render kept.json --figure new.png", "kept.json is not what it should be"),
     ("svi-infer run data.npz --render kept.json --out new.npz", "--render"),
     ("svi-infer run --render kept.json --swap new.png", "--swap"),
+    ("svi-infer run --render kept.json --out kept.json --force", "--out would take the place"),
     ("svi-infer run --render kept.json --seed 1 --out new.npz", "--seed"),
     ("svi-infer run --render kept.json --graph json --out new.json", "--graph"),
     ("svi-infer run --sample 3 --templates new.png", "--templates"),

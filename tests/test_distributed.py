@@ -245,6 +245,17 @@ def test_all_of_a_run_of_several_processes_is_on_its_device(monkeypatch, tmp_pat
     assert len(tensors) > 10 and {tensor.device.type for tensor in tensors} == {"meta"}
 
 
+def test_the_auxiliary_vae_of_a_run_reads_the_batches_of_all_processes(
+    monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    np.savez(tmp_path / "x.npz", images=np.zeros((24, 16, 16, 1), np.uint8))
+    config = make_config("lavae", str(tmp_path / "x.npz"), preset="paper", settings=(
+        "sprite=5", "latent=2", "sprite_width=6", "batch_size=4", "eval_images=2"))
+    kinds = {type(module) for module in training.Run(config, "cpu").objective.modules.modules()}
+    assert distributed.SyncedBatchNorm in kinds and nn.BatchNorm2d not in kinds
+
+
 def test_one_process_is_a_world_of_its_own() -> None:
     assert not distributed.launched()
     with distributed.session("cpu"):
