@@ -381,7 +381,7 @@ def test_the_box_of_a_faint_sprite_is_its_window() -> None:
 
 
 def test_a_dim_grey_sprite_has_a_box_and_a_segment() -> None:
-    """Of pixels above 0.3, or where there are none above half of its brightest."""
+    """Of pixels above 0.3, or half of its brightest if that is less."""
     for value, binary in ((0.9, False), (0.2, False), (0.4, True), (0.0, False)):
         model, scene = marked([(2, 2)], [(4, 6)], [value])
         if not binary:
@@ -391,8 +391,10 @@ def test_a_dim_grey_sprite_has_a_box_and_a_segment() -> None:
         expected = torch.zeros(8, 12, dtype=torch.long)
         expected[4, 6] = side == 1.0
         assert torch.equal(model.segment(scene)[0], expected)
-    drawn = torch.tensor([[0.05, 0.11, 0.2], [0.29, 0.31, 0.9], [0.0, 0.0, 0.0]])[:, None]
-    ink = [[False, True, True], [False, True, True], [False] * 3]
+    drawn = torch.tensor(
+        [[0.05, 0.11, 0.2], [0.29, 0.31, 0.9], [0.0, 0.0, 0.0], [0.14, 0.16, 0.31]]
+    )[:, None]
+    ink = [[False, True, True], [False, True, True], [False] * 3, [False, True, True]]
     assert model.ink(drawn, 0.3)[:, 0].tolist() == ink
 
 

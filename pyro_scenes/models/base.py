@@ -301,15 +301,14 @@ class SceneModel(GenerativeModel):
     def ink(self, drawn: Tensor, threshold: float) -> Tensor:
         """Which pixels of what is drawn of each object are its ink: those above a threshold.
 
-        Where grey images have an object that is nowhere so bright, those above half of its
+        Where grey images have an object that is nowhere twice as bright, those above half of its
         brightest. A binary one is as bright as the model is sure of it.
 
         :param drawn: (..., H, W), from 0 to 1. :return: the same shape, bool.
         """
         if self.likelihood.binary:
             return drawn > threshold
-        brightest = drawn.amax((-2, -1), keepdim=True)
-        return drawn > torch.where(brightest > threshold, threshold, brightest / 2)
+        return drawn > (drawn.amax((-2, -1), keepdim=True) / 2).clamp(max=threshold)
 
 
 def _name(kind: type) -> str:
