@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+# Who imports it has another device to the end of the process: its doctests would be pytest's.
+collect_ignore = ["elsewhere.py"]
+
 # The models here are tiny: more threads would spend their time waiting for each other.
 torch.set_num_threads(1)
 
