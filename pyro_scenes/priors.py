@@ -152,7 +152,7 @@ def presence_logits(count: dist.Categorical, steps: int) -> Tensor:
     masses = torch.cat([masses, masses.new_zeros(steps + 1)])[: steps + 1]
     tail = masses.flip(0).cumsum(0).flip(0)  # P(n >= t)
     stop = torch.where(tail[:-1] > 0, masses[:-1] / tail[:-1].clamp(min=1e-30), 1.0)
-    more = tail[1:] / tail[:-1].clamp(min=1e-30)
+    more = torch.where(tail[:-1] > 0, tail[1:] / tail[:-1].clamp(min=1e-30), 0.0)
     return torch.stack([stop, more], -1).log().clamp(min=NEVER)
 
 

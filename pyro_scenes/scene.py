@@ -176,16 +176,16 @@ def _parsed(
     who: str, entry: Any, appearance: int, classes: int, pose: Sequence[float] | None
 ) -> dict[str, Any]:
     """An object's values by field. :raises UserError: see `Scene.from_json`."""
-    own = [*(POSE if pose else ()), *["kind"] * (classes > 0), *["what"] * (appearance > 0)]
+    known = {"kind": classes > 0, "what": appearance > 0}
+    own = ["x", "y", *(POSE if pose else ()), *(name for name in known if known[name])]
     if not isinstance(entry, Mapping):
         raise UserError(f"{who} is no dictionary")
     for name in entry:
-        if name not in ("x", "y", "box", *own):
-            raise UserError(f"{who} has {name!r:.40}: objects of this model have"
-                            f" {', '.join(('x', 'y', *own))}")
-    needed = "x", "y", *["kind"] * (classes > 0), *["what"] * (appearance > 0 and not classes)
-    for name in needed:
-        if name not in entry:
+        if name not in ("box", *own):
+            raise UserError(f"{who} has {name!r:.40}: objects of this model have {', '.join(own)}")
+    for name in own:
+        usual_is_known = name in POSE or (name == "what" and classes > 0)
+        if name not in entry and not usual_is_known:
             raise UserError(f"{who} has no {name}")
 
     def number(name: str, value: Any) -> float:

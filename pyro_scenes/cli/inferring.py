@@ -106,7 +106,7 @@ def infer(checkpoint: str, images: tuple[Path, ...], out: Path | None, graph: st
             made, counts = pictures.sample_counted(model, sample, seed)
     elif render:
         composed = pictures.with_objects(model).compose(read_json(render, kind=list))
-        limits.check(f"{render}", 8 * len(composed) * math.prod(model.image_shape))
+        limits.check(render, 8 * len(composed) * math.prod(model.image_shape))
         made, counts = pictures.rendered(model, composed), composed.counts.cpu()
     if not images:
         drawn = {path: plots.samples_figure(made[:PICTURED]) for path in wanted.values()}

@@ -189,10 +189,10 @@ class ConvVAE(GenerativeModel):
         """h(x), (B, F, H / s, W / s)."""
         self.check(x)
         top, left = (-side % self.cell for side in x.shape[-2:])  # beyond the image's edges
+        if top or left:
+            x = F.pad(x, (left // 2, left - left // 2, top // 2, top - top // 2))
         with self._precision(x):
-            return self.encoder(
-                F.pad(x, (left // 2, left - left // 2, top // 2, top - top // 2))
-            )
+            return self.encoder(x)
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """f(z), (N, K, H / s, W / s) -> (N, C, H, W) in [0, 1].
@@ -202,6 +202,8 @@ class ConvVAE(GenerativeModel):
         with self._precision(z):
             mean = self.decoder(z)
         height, width = size or mean.shape[-2:]
+        if (height, width) == mean.shape[-2:]:
+            return mean
         top, left = (mean.shape[-2] - height) // 2, (mean.shape[-1] - width) // 2
         return mean[..., top : top + height, left : left + width]
 
